@@ -1,0 +1,71 @@
+//! What another program's pipeline implements: one forward pass with a hook in it.
+
+use crate::{AttentionHook, PlainAttention, Result};
+use tch::Tensor;
+
+/// A noise predictor whose attention layers call a hook.
+///
+/// - Latents come as f32, in any shape whose first axis is the batch; the network casts, and returns its prediction
+///   in the kind of the latents.
+/// - A condition with a batch of 1 serves any batch of latents.
+/// - Only the network's own layers call the hook (not a ControlNet's), each layer once, in execution order.
+/// - An error of the hook ends the pass and is returned (or kept by a [`DeferredHook`](crate::DeferredHook)).
+/// - Weights do not require gradients.
+pub trait Denoiser {
+    /// Text embeddings and whatever else conditions the network.
+    type Condition;
+
+    /// One forward pass. `timestep` is as the network's time embedding takes it: 0 to 1000 for Stable Diffusion,
+    /// 0 to 1 for a flow.
+    ///
+    /// # Errors
+    /// The hook's; libtorch's; the network's own as [`Error::denoiser`](crate::Error::denoiser).
+    fn forward(&self, latents: &Tensor, timestep: f64, condition: &Self::Condition, hook: &mut dyn AttentionHook) -> Result<Tensor>;
+
+    /// Classifier-free guidance, `negative + scale * (prompt - negative)`; override to run both in one batch.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<Self::Condition>) -> Result<Tensor> {
+        let prompt = self.forward(latents, timestep, &guidance.prompt, &mut PlainAttention)?;
+        let Some(negative) = guidance.negative.as_ref().filter(|_| guidance.scale != 1.0) else {
+            return Ok(prompt);
+        };
+        let negative = self.forward(latents, timestep, negative, &mut PlainAttention)?;
+        let shift = prompt.f_sub(&negative)?.f_mul_scalar(guidance.scale)?;
+        Ok(negative.f_add(&shift)?)
+    }
+}
+
+/// What to draw, what to avoid, how strongly.
+#[derive(Debug)]
+pub struct Guidance<C> {
+    /// What to draw.
+    pub prompt: C,
+    /// What to avoid; with none, `scale` is without effect.
+    pub negative: Option<C>,
+    /// 1 leaves the negative out.
+    pub scale: f64,
+}
+
+impl<C> Guidance<C> {
+    /// The prompt alone, one forward pass per prediction.
+    pub fn none(prompt: C) -> Self {
+        Self { prompt, negative: None, scale: 1.0 }
+    }
+}
+
+macro_rules! by_pointer {
+    ($($pointer:ty),*) => {$(
+        impl<D: Denoiser + ?Sized> Denoiser for $pointer {
+            type Condition = D::Condition;
+            fn forward(&self, latents: &Tensor, timestep: f64, condition: &D::Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+                (**self).forward(latents, timestep, condition, hook)
+            }
+            fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<D::Condition>) -> Result<Tensor> {
+                (**self).forward_guided(latents, timestep, guidance)
+            }
+        }
+    )*};
+}
+by_pointer!(&D, Box<D>, std::rc::Rc<D>, std::sync::Arc<D>);

@@ -1,0 +1,143 @@
+//! Finding CUDA at run time.
+//!
+//! Programs that link libtorch_cuda cannot start where there is only a CPU libtorch, and those that do not link it
+//! never see a GPU: `tch::Device::cuda_if_available()` then says CPU. Here the library is opened when it is asked
+//! for, which registers CUDA with libtorch; no linker flag is needed, in programs that depend on this crate neither.
+
+use crate::{Error, Result};
+use std::{path::PathBuf, sync::OnceLock};
+use tch::{Device, Kind};
+
+/// The first GPU where there is a working one, else the CPU.
+pub fn best() -> Device {
+    match cuda() {
+        Ok(count) if count > 0 => Device::Cuda(0),
+        Ok(_) => Device::Cpu,
+        Err(reason) => {
+            tracing::debug!(reason, "no CUDA");
+            Device::Cpu
+        }
+    }
+}
+
+/// `cpu`, `cuda` (the first GPU) or `cuda:N`.
+///
+/// # Errors
+/// [`Error::Device`] for another word, or where there is no such GPU: it says what is missing.
+pub fn parse(name: &str) -> Result<Device> {
+    let refuse = |reason: String| Error::Device { device: name.to_owned(), reason };
+    let index = match name.split_once(':') {
+        None if name == "cpu" => return Ok(Device::Cpu),
+        None if name == "cuda" => 0,
+        Some(("cuda", digits)) => digits.parse::<usize>().map_err(|_| refuse("the part after `cuda:` is not a number".into()))?,
+        _ => return Err(refuse("is unknown; use cpu, cuda or cuda:N".into())),
+    };
+    match cuda() {
+        Ok(0) => Err(refuse("libtorch sees no GPU; is the NVIDIA driver installed?".into())),
+        Ok(count) if index >= count => Err(refuse(format!("there are {count} GPUs, counted from 0"))),
+        Ok(_) => Ok(Device::Cuda(index)),
+        Err(reason) => Err(refuse(format!("CUDA cannot be used: {reason}; use --device cpu, or a libtorch built for CUDA (see the README)"))),
+    }
+}
+
+/// `f32`, `bf16` or `f16`.
+///
+/// # Errors
+/// [`Error::Argument`] for another word.
+pub fn parse_kind(name: &str) -> Result<Kind> {
+    match name {
+        "f32" => Ok(Kind::Float),
+        "bf16" => Ok(Kind::BFloat16),
+        "f16" => Ok(Kind::Half),
+        other => Err(Error::argument("dtype", format!("`{other}` is unknown; use f32, bf16 or f16"))),
+    }
+}
+
+/// What networks run in there: bf16 on a GPU, f32 on the CPU.
+pub fn kind(device: Device) -> Kind {
+    if device.is_cuda() {
+        Kind::BFloat16
+    } else {
+        Kind::Float
+    }
+}
+
+/// How many GPUs libtorch sees, or why it cannot use CUDA. The library is opened once per process.
+fn cuda() -> std::result::Result<usize, &'static str> {
+    static COUNT: OnceLock<std::result::Result<usize, String>> = OnceLock::new();
+    COUNT.get_or_init(open_cuda).as_ref().copied().map_err(String::as_str)
+}
+
+fn open_cuda() -> std::result::Result<usize, String> {
+    if !tch::utils::has_cudart() {
+        open_library()?;
+    }
+    // Asked first: counting devices throws where CUDA is not registered.
+    if !tch::utils::has_cudart() {
+        return Err("libtorch_cuda was opened, but did not register with libtorch".into());
+    }
+    Ok(usize::try_from(tch::Cuda::device_count()).unwrap_or(0))
+}
+
+#[cfg(unix)]
+#[allow(unsafe_code)]
+fn open_library() -> std::result::Result<(), String> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    let mut reasons = vec![];
+    for path in candidates() {
+        // SAFETY: opening runs the library's initialisers; libtorch's register its operators, which is what is wanted.
+        match unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) } {
+            Ok(library) => {
+                // Its operators stay registered for good, so it must never be closed.
+                std::mem::forget(library);
+                return Ok(());
+            }
+            Err(error) => reasons.push(error.to_string()),
+        }
+    }
+    // The last attempt names the very file beside libtorch_cpu, so its reason says most.
+    Err(reasons.pop().unwrap_or_else(|| "no libtorch_cuda.so".into()))
+}
+
+#[cfg(not(unix))]
+fn open_library() -> std::result::Result<(), String> {
+    Err("opening CUDA at run time works on Unix only; link libtorch_cuda".into())
+}
+
+/// By its name, as the loader searches; then beside the libtorch_cpu that this process runs on.
+#[cfg(unix)]
+fn candidates() -> Vec<PathBuf> {
+    let mut paths = vec![PathBuf::from("libtorch_cuda.so")];
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let cpu = maps.lines().filter_map(|line| line.find('/').and_then(|start| line.get(start..))).find(|path| path.ends_with("/libtorch_cpu.so"));
+    if let Some(folder) = cpu.and_then(|path| std::path::Path::new(path).parent()) {
+        paths.push(folder.join("libtorch_cuda.so"));
+    }
+    paths
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_and_refused() {
+        assert_eq!(parse("cpu").ok(), Some(Device::Cpu));
+        for bad in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "CUDA"] {
+            assert!(matches!(parse(bad), Err(Error::Device { .. })), "{bad}");
+        }
+        assert!(matches!(parse("cuda:4095"), Err(Error::Device { .. })));
+        assert_eq!(parse_kind("bf16").ok(), Some(Kind::BFloat16));
+        assert!(parse_kind("float").is_err());
+    }
+
+    #[test]
+    fn the_best_device_works() {
+        let device = best();
+        assert!(tch::Tensor::f_zeros([2], (kind(device), device)).is_ok());
+        if device == Device::Cpu {
+            let reason = parse("cuda").err().map(|error| error.to_string());
+            assert!(reason.is_some_and(|r| r.contains("libtorch") || r.contains("CUDA")), "an absent GPU is explained");
+        }
+    }
+}

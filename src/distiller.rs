@@ -1,0 +1,212 @@
+//! The paper's optimisation: style transfer, appearance transfer and texture synthesis.
+
+use crate::optimizer::{copy, copy_state, state_on, OptimizerState};
+use crate::{AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Optimizer, Progress, References, Result, TotalLoss};
+use tch::{Kind, Tensor};
+
+/// Latents optimised along the timesteps: at each, the features of the (clean) references are taken once, then
+/// `iterations` steps of the optimizer follow, and no noise is added.
+///
+/// A run is pulled: each [`advance`](Self::advance) is one timestep. Stop calling to cancel; read or change any field
+/// between calls. **After an error the run stands exactly at its last finished step**, optimizer included, so that the
+/// same call may be made again (out of memory), or the run saved.
+///
+/// Infinite or NaN latents end the run with [`Error::NotFinite`]: on the CPU in the step that made them; on a GPU, where
+/// looking costs a wait, at the last step or when [`check`](Self::check) is called, with the latents of the last
+/// sound step and a fresh optimizer.
+#[non_exhaustive]
+pub struct Distiller<D: Denoiser, O = Adam> {
+    /// The network and its layers.
+    pub extractor: FeatureExtractor<D>,
+    /// From noise to image, as the network's time embedding takes them.
+    pub timesteps: Vec<f64>,
+    /// The clean latents of styles and content.
+    pub references: References,
+    /// What is made small.
+    pub loss: TotalLoss,
+    /// One for the whole run.
+    pub optimizer: O,
+    /// Optimizer steps per timestep.
+    pub iterations: usize,
+    /// The picture so far, f32; on a new run, where it starts.
+    pub latents: Tensor,
+    /// Steps done.
+    pub step: usize,
+    /// On a GPU: 0 while all is sound, else the first step (from 1) that was not.
+    unsound: Option<Tensor>,
+}
+
+impl<D: Denoiser, O: std::fmt::Debug> std::fmt::Debug for Distiller<D, O> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Distiller")
+            .field("layers", &self.extractor.layers)
+            .field("latents", &self.latents)
+            .field("step", &self.step)
+            .field("steps", &self.timesteps.len())
+            .field("iterations", &self.iterations)
+            .field("loss", &self.loss)
+            .field("optimizer", &self.optimizer)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<D: Denoiser> Distiller<D> {
+    /// With the AD loss alone and Adam, one iteration per timestep. From noise this is texture synthesis.
+    pub fn new(extractor: FeatureExtractor<D>, timesteps: Vec<f64>, references: References, latents: Tensor) -> Self {
+        let (loss, optimizer) = (TotalLoss::default().plus(1.0, AdLoss::default()), Adam::default());
+        Self { extractor, timesteps, references, loss, optimizer, iterations: 1, latents, step: 0, unsound: None }
+    }
+
+    /// `L_AD + content_weight L_content`, starting from the content's latents: the higher the weight (0 to 1), the more
+    /// of the content's layout stays. The authors use 0.25 with Stable Diffusion 1.5.
+    ///
+    /// # Errors
+    /// No content among the references; a weight that is negative or not a number.
+    pub fn style_transfer(extractor: FeatureExtractor<D>, timesteps: Vec<f64>, references: References, content_weight: f64) -> Result<Self> {
+        let content =
+            references.content.as_ref().ok_or_else(|| Error::argument("references", "style transfer starts from a content; none was given"))?;
+        if !(content_weight.is_finite() && content_weight >= 0.0) {
+            return Err(Error::argument("content weight", format!("{content_weight} is not a number of at least 0")));
+        }
+        let start = copy(content)?;
+        let mut run = Self::new(extractor, timesteps, references, start);
+        run.loss = run.loss.plus(content_weight, ContentLoss);
+        Ok(run)
+    }
+}
+
+impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
+    /// The same run with another optimizer.
+    pub fn with_optimizer<P: Optimizer>(self, optimizer: P) -> Distiller<D, P> {
+        let Self { extractor, timesteps, references, loss, optimizer: _, iterations, latents, step, unsound } = self;
+        Distiller { extractor, timesteps, references, loss, optimizer, iterations, latents, step, unsound }
+    }
+
+    /// The next timestep; none after the last. Costs a forward pass per reference, and per iteration one forward and
+    /// one backward pass of the picture.
+    ///
+    /// # Errors
+    /// References or latents that do not fit the network or one another; [`Error::NotFinite`]; libtorch's. The run
+    /// then stands at its last finished step.
+    pub fn advance(&mut self) -> Result<Option<Progress>> {
+        let Some(&timestep) = self.timesteps.get(self.step) else { return Ok(None) };
+        let references = self.extractor.references(&self.references, timestep)?;
+        self.advance_towards(&references)
+    }
+
+    /// The next timestep, towards features of references that the caller kept from an earlier run.
+    ///
+    /// # Errors
+    /// As [`advance`](Self::advance).
+    pub fn advance_towards(&mut self, references: &References<Features>) -> Result<Option<Progress>> {
+        let Some(&timestep) = self.timesteps.get(self.step) else { return Ok(None) };
+        if self.iterations == 0 {
+            return Err(Error::argument("iterations", "0 would leave the picture as it is; use at least 1"));
+        }
+        let before = copy_state(&self.optimizer.state()?)?;
+        match self.descents(timestep, references) {
+            Ok(loss) => {
+                self.step += 1;
+                if self.step == self.timesteps.len() {
+                    self.check()?;
+                }
+                Ok(Some(Progress::new(self.step, self.timesteps.len(), timestep, Some(loss))))
+            }
+            Err(error) => {
+                self.optimizer.load_state(&before)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The iterations of one timestep; replaces the latents only when all went well.
+    fn descents(&mut self, timestep: f64, references: &References<Features>) -> Result<Tensor> {
+        let mut latents = copy(&self.latents)?;
+        let mut loss = self.extractor.descend(&mut latents, timestep, references, &self.loss, &mut self.optimizer)?;
+        for _ in 1..self.iterations {
+            loss = self.extractor.descend(&mut latents, timestep, references, &self.loss, &mut self.optimizer)?;
+        }
+        let sound = latents.f_isfinite()?.f_all()?;
+        if latents.device().is_cuda() {
+            // Asking would make the CPU wait: the answer stays on the device, and what is unsound is not taken over.
+            let step = i64::try_from(self.step).unwrap_or(i64::MAX).saturating_add(1);
+            let earlier = match self.unsound.take() {
+                Some(earlier) => earlier,
+                None => Tensor::f_zeros([], (Kind::Int64, latents.device()))?,
+            };
+            let healthy = earlier.f_eq(0)?;
+            let now = sound.f_logical_not()?.f_to_kind(Kind::Int64)?.f_mul_scalar(step)?;
+            let unsound = earlier.f_where_self(&healthy.f_logical_not()?, &now)?;
+            self.latents = latents.f_where_self(&unsound.f_eq(0)?, &self.latents)?;
+            self.unsound = Some(unsound);
+        } else {
+            let at = |what| Error::NotFinite { what, step: self.step + 1, timestep };
+            if !loss.f_double_value(&[])?.is_finite() {
+                return Err(at("loss"));
+            }
+            if sound.f_int64_value(&[])? == 0 {
+                return Err(at("latents"));
+            }
+            self.latents = latents;
+        }
+        Ok(loss)
+    }
+
+    /// Whether all steps so far were sound; on a GPU this waits for them. Called by the last step; call it yourself
+    /// where you show a preview.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`]: the run is then back at the step before, with a fresh optimizer.
+    pub fn check(&mut self) -> Result<()> {
+        let Some(unsound) = &self.unsound else { return Ok(()) };
+        let step = usize::try_from(unsound.f_int64_value(&[])?).unwrap_or(0);
+        if step == 0 {
+            return Ok(());
+        }
+        self.unsound = None;
+        self.step = step - 1;
+        self.optimizer.reset();
+        let timestep = self.timesteps.get(self.step).copied().unwrap_or(f64::NAN);
+        Err(Error::NotFinite { what: "latents", step, timestep })
+    }
+
+    /// All that is left; returns the final latents.
+    ///
+    /// # Errors
+    /// As [`advance`](Self::advance). The run is gone then; call `advance` in a loop where it should survive.
+    pub fn finish(mut self) -> Result<Tensor> {
+        while self.advance()?.is_some() {}
+        Ok(self.latents)
+    }
+
+    /// The run's state, in storage of its own.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        let optimizer: OptimizerState = copy_state(&self.optimizer.state()?)?;
+        Ok(Checkpoint::new(self.step, self.timesteps.len(), copy(&self.latents)?, optimizer))
+    }
+
+    /// Goes on from a checkpoint of a run with the same settings, to the same picture.
+    ///
+    /// # Errors
+    /// A checkpoint of another number of steps, of latents of another shape, or of another optimizer; the run is then
+    /// as it was.
+    pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        if checkpoint.steps != self.timesteps.len() || checkpoint.step > checkpoint.steps {
+            return Err(Error::argument(
+                "checkpoint",
+                format!("is at step {} of {}, this run has {} steps", checkpoint.step, checkpoint.steps, self.timesteps.len()),
+            ));
+        }
+        if checkpoint.latents.size() != self.latents.size() {
+            return Err(Error::shape("checkpoint", format!("latents {:?}, this run's", self.latents.size()), checkpoint.latents.size()));
+        }
+        let device = self.latents.device();
+        let latents = copy(&checkpoint.latents.f_to_device(device)?.f_to_kind(Kind::Float)?)?;
+        self.optimizer.load_state(&state_on(&checkpoint.optimizer, device)?)?;
+        (self.latents, self.step, self.unsound) = (latents, checkpoint.step, None);
+        Ok(())
+    }
+}

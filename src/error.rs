@@ -1,0 +1,188 @@
+//! One error type for the whole crate; every variant says which input was at fault.
+
+use std::{io, path::PathBuf};
+
+/// The crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Whatever can go wrong. The message says what, where, and where it helps, what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A hook has all it asked for and ended the forward pass. Not a failure:
+    /// [`Features::extract`](crate::Features::extract) swallows it.
+    #[error("the forward pass was stopped by its attention hook")]
+    Stopped,
+
+    /// libtorch refused: shapes that do not fit, no memory left, no such device.
+    #[error("libtorch: {}", first_line(.0))]
+    Torch(#[from] tch::TchError),
+
+    /// A file or folder could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+
+    /// A picture could not be decoded or encoded.
+    #[error("{}: {reason}", path.display())]
+    Image {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A configuration file (JSON) holds something that this crate cannot follow.
+    #[error("{}: {reason}", path.display())]
+    Config {
+        /// Which file.
+        path: PathBuf,
+        /// Which key, its value, and what would do.
+        reason: String,
+    },
+
+    /// A weights file is damaged or of an unknown kind.
+    #[error("{}: {reason}", file.display())]
+    Weights {
+        /// Which file.
+        file: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A network needs a tensor that its weights file lacks.
+    #[error("{}: no tensor `{name}`; the file does not fit the config.json beside it", file.display())]
+    MissingTensor {
+        /// The weights file (the first of them, where there are several).
+        file: PathBuf,
+        /// The tensor's name.
+        name: String,
+    },
+
+    /// A tensor of a weights file has another shape than its network's configuration says.
+    #[error("{}: tensor `{name}` is {found:?}, but the config.json beside it makes it {expected:?}", file.display())]
+    TensorShape {
+        /// The weights file.
+        file: PathBuf,
+        /// The tensor's name.
+        name: String,
+        /// What the configuration says.
+        expected: Vec<i64>,
+        /// What the file holds.
+        found: Vec<i64>,
+    },
+
+    /// A tensor given by the caller has the wrong shape.
+    #[error("{name}: expected shape {expected}, found {found:?}")]
+    Shape {
+        /// Which argument.
+        name: &'static str,
+        /// In words: `(batch, 3, height, width)`.
+        expected: String,
+        /// What was given.
+        found: Vec<i64>,
+    },
+
+    /// An argument or setting outside its range.
+    #[error("invalid {argument}: {reason}")]
+    Argument {
+        /// Which.
+        argument: &'static str,
+        /// Its value and what would do.
+        reason: String,
+    },
+
+    /// The network has fewer self-attention layers than were asked for.
+    #[error("layers {}..{} were asked for, but the network has only {network} self-attention layers (0..{network})", layers.start, layers.end)]
+    MissingLayers {
+        /// The range asked for.
+        layers: std::ops::Range<usize>,
+        /// How many self-attention layers the network has.
+        network: usize,
+    },
+
+    /// The loss or the latents became infinite or NaN. The run's state is that before the step.
+    #[error("the {what} became infinite or NaN in step {step} (timestep {timestep}); try a lower learning rate, or f32 or bf16 instead of f16")]
+    NotFinite {
+        /// `loss` or `latents`.
+        what: &'static str,
+        /// The step at fault, from 1.
+        step: usize,
+        /// Its timestep.
+        timestep: f64,
+    },
+
+    /// A device that is not there or cannot be used.
+    #[error("device `{device}`: {reason}")]
+    Device {
+        /// As the caller named it.
+        device: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
+
+    /// The Hugging Face hub could not be reached or lacks a file.
+    #[error("{repo}: {reason}")]
+    Hub {
+        /// The repository's id.
+        repo: String,
+        /// What failed.
+        reason: String,
+    },
+
+    /// A downstream [`Denoiser`](crate::Denoiser) failed for a reason of its own.
+    #[error("denoiser: {0}")]
+    Denoiser(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Error {
+    /// Wraps a downstream error: `.map_err(Error::denoiser)?`.
+    pub fn denoiser(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Denoiser(error.into())
+    }
+
+    /// The device ran out of memory. A run stands at its last finished step and goes on from
+    /// there once there is room.
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::Torch(error) => says_out_of_memory(&error.to_string()),
+            Self::Denoiser(error) => match error.downcast_ref::<Self>() {
+                Some(ours) => ours.is_out_of_memory(),
+                None => says_out_of_memory(&error.to_string()),
+            },
+            _ => false,
+        }
+    }
+
+    pub(crate) fn argument(argument: &'static str, reason: impl Into<String>) -> Self {
+        Self::Argument { argument, reason: reason.into() }
+    }
+
+    pub(crate) fn shape(name: &'static str, expected: impl Into<String>, found: Vec<i64>) -> Self {
+        Self::Shape { name, expected: expected.into(), found }
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
+
+/// CUDA says "out of memory", the CPU's allocator "can't allocate memory" or "not enough memory".
+fn says_out_of_memory(message: &str) -> bool {
+    ["out of memory", "can't allocate memory", "not enough memory"].iter().any(|words| message.contains(words))
+}
+
+/// libtorch's messages go on with the frames of its C++ stack, which help nobody here.
+fn first_line(error: &tch::TchError) -> String {
+    let whole = match error {
+        tch::TchError::Torch(message) => message.clone(),
+        other => other.to_string(),
+    };
+    let end = whole.find("\nException raised from").unwrap_or(whole.len());
+    whole.get(..end).unwrap_or(&whole).trim().to_owned()
+}

@@ -1,0 +1,85 @@
+//! The network as a measure of pictures: four calls make the method, and the runs are loops over them.
+
+use crate::{Denoiser, Error, Features, Loss, Optimizer, References, Result};
+use std::ops::Range;
+use tch::{Kind, Tensor};
+
+/// Gradients of a mean over a million features are below f16's smallest number; the loss is scaled by this
+/// before the backward pass of an f16 network, and the gradient back afterwards, in f32.
+const HALF_LOSS_SCALE: f64 = 65536.0;
+
+/// A network, seen through some of its self-attention layers under the null prompt.
+#[derive(Debug)]
+pub struct FeatureExtractor<D: Denoiser> {
+    /// A network, or any pointer to one.
+    pub denoiser: D,
+    /// The null prompt.
+    pub condition: D::Condition,
+    /// Self-attention layers, counted in execution order from 0. The paper's are the last six.
+    pub layers: Range<usize>,
+}
+
+impl<D: Denoiser> FeatureExtractor<D> {
+    /// A network under its null prompt.
+    pub fn new(denoiser: D, condition: D::Condition, layers: Range<usize>) -> Self {
+        Self { denoiser, condition, layers }
+    }
+
+    /// The features of latents at a timestep: one forward pass that ends after the last of the layers. Differentiable
+    /// where `latents` is.
+    ///
+    /// # Errors
+    /// As [`Features::extract`].
+    pub fn extract(&self, latents: &Tensor, timestep: f64) -> Result<Features> {
+        if !timestep.is_finite() {
+            return Err(Error::argument("timestep", format!("{timestep} is not a number")));
+        }
+        Features::extract(&self.denoiser, latents, timestep, &self.condition, self.layers.clone())
+    }
+
+    /// The features of references: one forward pass each, without a graph.
+    ///
+    /// # Errors
+    /// As [`Features::extract`].
+    pub fn references(&self, latents: &References, timestep: f64) -> Result<References<Features>> {
+        tch::no_grad(|| latents.try_map(|z| self.extract(z, timestep)))
+    }
+
+    /// The loss (a scalar, still on its device) and its gradient by `latents` (in their shape and kind): one forward
+    /// and one backward pass. Works inside `tch::no_grad`, too.
+    ///
+    /// # Errors
+    /// As [`Features::extract`] and [`Loss::evaluate`].
+    pub fn gradient(&self, latents: &Tensor, timestep: f64, references: &References<Features>, loss: &dyn Loss) -> Result<(Tensor, Tensor)> {
+        tch::with_grad(|| {
+            let leaf = latents.f_detach()?.f_set_requires_grad(true)?;
+            let features = self.extract(&leaf, timestep)?;
+            let half = features.layers().any(|layer| layer.query.kind() == Kind::Half);
+            let scale = if half { HALF_LOSS_SCALE } else { 1.0 };
+            let value = loss.evaluate(&features, references)?;
+            drop(features);
+            let scaled = if half { value.f_mul_scalar(scale)? } else { value.shallow_clone() };
+            let gradients = Tensor::f_run_backward(&[&scaled], &[&leaf], false, false)?;
+            let gradient = gradients.into_iter().next().ok_or_else(|| Error::argument("loss", "does not depend on the latents"))?;
+            let gradient = if half { gradient.f_div_scalar(scale)? } else { gradient };
+            Ok((value.f_detach()?, gradient))
+        })
+    }
+
+    /// One step of `optimizer` on `latents`, in place; returns the loss before it (a scalar, still on its device).
+    ///
+    /// # Errors
+    /// As [`gradient`](Self::gradient) and [`Optimizer::step`]; the latents are then as they were.
+    pub fn descend(
+        &self,
+        latents: &mut Tensor,
+        timestep: f64,
+        references: &References<Features>,
+        loss: &dyn Loss,
+        optimizer: &mut dyn Optimizer,
+    ) -> Result<Tensor> {
+        let (value, gradient) = self.gradient(latents, timestep, references, loss)?;
+        optimizer.step(latents, &gradient)?;
+        Ok(value)
+    }
+}

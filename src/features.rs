@@ -1,0 +1,181 @@
+//! What a network sees in a picture: Q, K, V and output of some of its self-attention layers.
+
+use crate::{AttentionHook, AttentionKind, AttentionSite, Denoiser, Error, PlainAttention, Qkv, Result};
+use std::ops::Range;
+use tch::Tensor;
+
+/// One self-attention layer's queries, keys, values and output, each `(batch, heads, tokens, head_dim)` in the
+/// network's kind.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct LayerFeatures {
+    /// Which layer, and its grid of tokens.
+    pub site: AttentionSite,
+    /// Q.
+    pub query: Tensor,
+    /// K.
+    pub key: Tensor,
+    /// V.
+    pub value: Tensor,
+    /// `Attn(Q, K, V)`, before heads are merged and projected.
+    pub output: Tensor,
+    /// The network's own scale of the scores; none is `1 / sqrt(head_dim)`.
+    pub scale: Option<f64>,
+}
+
+impl LayerFeatures {
+    fn try_map(&self, f: &mut impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self { query: f(&self.query)?, key: f(&self.key)?, value: f(&self.value)?, output: f(&self.output)?, ..*self })
+    }
+}
+
+/// The recorded layers of one forward pass, in execution order.
+#[derive(Debug, Default)]
+pub struct Features(Vec<LayerFeatures>);
+
+impl Features {
+    /// One forward pass up to the last of `layers` (self-attention layers, counted in execution order from 0).
+    /// Differentiable where `latents` is; under `tch::no_grad` no graph is kept.
+    ///
+    /// # Errors
+    /// An empty range; [`Error::MissingLayers`] where the network has not so many; whatever the denoiser returns.
+    pub fn extract<D: Denoiser + ?Sized>(
+        denoiser: &D,
+        latents: &Tensor,
+        timestep: f64,
+        condition: &D::Condition,
+        layers: Range<usize>,
+    ) -> Result<Self> {
+        if layers.is_empty() {
+            return Err(Error::argument("layers", format!("{}..{} is empty", layers.start, layers.end)));
+        }
+        let mut recorder = FeatureRecorder::new(layers);
+        let outcome = denoiser.forward(latents, timestep, condition, &mut recorder);
+        // A complete record is a success, however the pass ended: a downstream network may run on, or turn
+        // `Stopped` into an error of its own.
+        if recorder.is_complete() {
+            return Ok(recorder.features);
+        }
+        drop(outcome?);
+        Err(Error::MissingLayers { layers: recorder.layers, network: recorder.network })
+    }
+
+    /// In execution order.
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = &LayerFeatures> {
+        self.0.iter()
+    }
+
+    /// The layer recorded at this place of the network.
+    pub fn at(&self, site: &AttentionSite) -> Option<&LayerFeatures> {
+        self.0.iter().find(|layer| layer.site.index == site.index && layer.site.kind == site.kind)
+    }
+
+    /// How many layers.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether no layer was recorded.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Each tensor through `f`: to another device, into storage of its own, a slice of the batch.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn try_map(&self, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        self.0.iter().map(|layer| layer.try_map(&mut f)).collect::<Result<_>>().map(Self)
+    }
+
+    /// The same features for some of the batch (views, no copies).
+    ///
+    /// # Errors
+    /// A range outside of the batch.
+    pub fn narrow(&self, batch: Range<i64>) -> Result<Self> {
+        self.try_map(|t| Ok(t.f_narrow(0, batch.start, batch.end - batch.start)?))
+    }
+
+    /// A second handle on the same tensors.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        let twin = |layer: &LayerFeatures| LayerFeatures {
+            query: layer.query.shallow_clone(),
+            key: layer.key.shallow_clone(),
+            value: layer.value.shallow_clone(),
+            output: layer.output.shallow_clone(),
+            ..*layer
+        };
+        Self(self.0.iter().map(twin).collect())
+    }
+}
+
+/// Records the self-attention layers in a range, then stops the pass.
+#[derive(Debug)]
+pub struct FeatureRecorder<H = PlainAttention> {
+    layers: Range<usize>,
+    features: Features,
+    /// Self-attention layers that came by so far.
+    network: usize,
+    inner: H,
+}
+
+impl FeatureRecorder {
+    /// For layers counted in execution order from 0.
+    pub fn new(layers: Range<usize>) -> Self {
+        Self { layers, features: Features::default(), network: 0, inner: PlainAttention }
+    }
+}
+
+impl<H> FeatureRecorder<H> {
+    /// Lets another hook compute the attention that is recorded.
+    pub fn around<I: AttentionHook>(self, inner: I) -> FeatureRecorder<I> {
+        FeatureRecorder { layers: self.layers, features: self.features, network: self.network, inner }
+    }
+
+    /// Whether all layers of the range were recorded.
+    pub fn is_complete(&self) -> bool {
+        self.features.len() == self.layers.len()
+    }
+
+    /// What was recorded, complete or not.
+    pub fn into_features(self) -> Features {
+        self.features
+    }
+}
+
+impl<H: AttentionHook> AttentionHook for FeatureRecorder<H> {
+    fn attend(&mut self, site: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
+        if site.kind == AttentionKind::SelfAttention {
+            self.network = self.network.max(site.index.saturating_add(1));
+        }
+        let wanted = site.kind == AttentionKind::SelfAttention && self.layers.contains(&site.index) && !self.is_complete();
+        if !wanted {
+            return self.inner.attend(site, qkv);
+        }
+        // A foreign network that counts wrongly would otherwise pass for a complete record.
+        let due = self.layers.start + self.features.len();
+        if site.index != due {
+            return Err(Error::argument(
+                "attention site",
+                format!("layer {} came where layer {due} was due; number the layers in execution order", site.index),
+            ));
+        }
+        let (_, _, tokens, _) = qkv.query.size4()?;
+        if tokens != site.tokens() {
+            return Err(Error::argument(
+                "attention site",
+                format!("layer {due} has {tokens} query tokens, its grid and prefix make {}", site.tokens()),
+            ));
+        }
+        let (query, key, value) = (qkv.query.shallow_clone(), qkv.key.shallow_clone(), qkv.value.shallow_clone());
+        let scale = qkv.scale;
+        let output = self.inner.attend(site, qkv)?;
+        self.features.0.push(LayerFeatures { site: *site, query, key, value, output: output.shallow_clone(), scale });
+        if self.is_complete() {
+            Err(Error::Stopped)
+        } else {
+            Ok(output)
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Pictures in and out: files, tensors, ndarray, contact sheets.
+//!
+//! A picture is a tensor `(batch, 3, height, width)` in f32, RGB, values 0 to 1, sRGB as stored.
+
+mod array;
+mod file;
+
+pub use array::{from_array, from_rgb8, to_array, to_rgb8};
+pub use file::{check_writable, load, save};
+
+use crate::{Error, Result};
+use tch::{Kind, Tensor};
+
+/// Longest side of a picture, in pixels.
+pub const LONGEST_SIDE: i64 = 32_768;
+
+/// Most pixels of a picture: a 16384 x 16384 canvas.
+pub const MOST_PIXELS: i64 = 268_435_456;
+
+/// `(height, width)` in pixels.
+///
+/// # Errors
+/// [`Error::Shape`] if it is not a picture.
+pub fn size(picture: &Tensor) -> Result<(i64, i64)> {
+    match picture.size().as_slice() {
+        &[batch, 3, height, width] if batch > 0 && height > 0 && width > 0 => Ok((height, width)),
+        other => Err(Error::shape("picture", "(batch, 3, height, width) with sides of at least 1", other.to_vec())),
+    }
+}
+
+/// Checks a size that a user asks for, `(height, width)` in pixels.
+///
+/// # Errors
+/// A side of 0 or less, or a picture too large to mean it.
+pub fn check_size((height, width): (i64, i64)) -> Result<()> {
+    if height < 1 || width < 1 {
+        return Err(Error::argument("size", format!("{width}x{height} is empty; both sides must be at least 1 pixel")));
+    }
+    if height > LONGEST_SIDE || width > LONGEST_SIDE || height.saturating_mul(width) > MOST_PIXELS {
+        return Err(Error::argument(
+            "size",
+            format!("{width}x{height} is too large; sides of at most {LONGEST_SIDE} and {MOST_PIXELS} pixels in all are possible"),
+        ));
+    }
+    Ok(())
+}
+
+/// Scaled to `(height, width)` pixels, bicubic and antialiased. A picture of that size is returned untouched.
+///
+/// # Errors
+/// [`Error::Argument`] for an empty or absurd size; [`Error::Shape`] for what is not a picture.
+pub fn resize(picture: &Tensor, (height, width): (i64, i64)) -> Result<Tensor> {
+    check_size((height, width))?;
+    if size(picture)? == (height, width) {
+        return Ok(picture.shallow_clone());
+    }
+    // Bicubic overshoots at edges.
+    Ok(picture.f_to_kind(Kind::Float)?.f_internal_upsample_bicubic2d_aa([height, width], false, None, None)?.f_clamp(0.0, 1.0)?)
+}
+
+/// The size with about `area` pixels that keeps the aspect ratio of `(height, width)`, sides multiples of `multiple`.
+///
+/// # Errors
+/// As [`check_size`]; a multiple below 1.
+pub fn size_of_area((height, width): (i64, i64), area: i64, multiple: i64) -> Result<(i64, i64)> {
+    check_size((height, width))?;
+    if multiple < 1 {
+        return Err(Error::argument("multiple", format!("{multiple} is not at least 1")));
+    }
+    if area < 1 {
+        return Err(Error::argument("area", format!("{area} is not at least 1")));
+    }
+    let scale = (area as f64 / (height as f64 * width as f64)).sqrt();
+    let side = |length: i64| ((length as f64 * scale / multiple as f64).round() as i64).max(1).saturating_mul(multiple);
+    let size = (side(height), side(width));
+    check_size(size)?;
+    Ok(size)
+}
+
+/// A file, scaled to about `area` pixels with its aspect ratio kept, sides multiples of 8, which Stable Diffusion can
+/// take.
+///
+/// # Errors
+/// As [`load`] and [`size_of_area`].
+pub fn load_to_area(path: impl AsRef<std::path::Path>, area: i64) -> Result<Tensor> {
+    let picture = load(path)?;
+    resize(&picture, size_of_area(size(&picture)?, area, 8)?)
+}
+
+/// Pictures side by side, scaled to the height of the last, 8 white pixels between them.
+///
+/// # Errors
+/// No pictures; as [`resize`].
+pub fn sheet(pictures: &[&Tensor]) -> Result<Tensor> {
+    let last = pictures.last().ok_or_else(|| Error::argument("pictures", "a sheet needs at least one"))?;
+    let (height, _) = size(last)?;
+    let gap = Tensor::f_ones([1, 3, height, 8], (Kind::Float, tch::Device::Cpu))?;
+    let mut row = vec![];
+    for picture in pictures {
+        let (h, w) = size(picture)?;
+        let scaled = resize(picture, (height, (w.saturating_mul(height) / h).max(1)))?.f_to_device(tch::Device::Cpu)?;
+        for i in 0..scaled.size4()?.0 {
+            if !row.is_empty() {
+                row.push(gap.shallow_clone());
+            }
+            row.push(scaled.f_narrow(0, i, 1)?.f_to_kind(Kind::Float)?);
+        }
+    }
+    Ok(Tensor::f_cat(&row, 3)?)
+}

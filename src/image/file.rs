@@ -1,0 +1,100 @@
+//! Picture files.
+
+use crate::{tensor_file::write_whole, Error, Result};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Rgb, RgbImage, RgbaImage};
+use std::{io::Cursor, path::Path};
+use tch::Tensor;
+
+/// Reads PNG, JPEG, WebP, BMP, TIFF or GIF (its first frame), told apart by their content; turned as the camera's
+/// orientation tag says; transparency laid over white. Returns `(1, 3, height, width)`, values 0 to 1.
+///
+/// # Errors
+/// [`Error::Io`] where it cannot be read, [`Error::Image`] where it is no picture, is damaged, or is larger than
+/// [`LONGEST_SIDE`](super::LONGEST_SIDE).
+pub fn load(path: impl AsRef<Path>) -> Result<Tensor> {
+    let path = path.as_ref();
+    let bad = |reason: String| Error::Image { path: path.to_owned(), reason };
+    let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format).map_err(Error::io(path))?;
+    if reader.format().is_none() {
+        let empty = std::fs::metadata(path).is_ok_and(|file| file.len() == 0);
+        return Err(bad(if empty { "the file is empty".into() } else { "is not a picture of a known format; use PNG or JPEG".into() }));
+    }
+    let mut decoder = reader.into_decoder().map_err(|error| bad(unreadable(&error)))?;
+    let (width, height) = decoder.dimensions();
+    super::check_size((height.into(), width.into())).map_err(|error| bad(error.to_string()))?;
+    // A picture without the tag, or with a damaged one, is upright.
+    let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| bad(unreadable(&error)))?;
+    picture.apply_orientation(orientation);
+    let rgb = if picture.color().has_alpha() { over_white(&picture.into_rgba8()) } else { picture.into_rgb8() };
+    let (width, height) = (rgb.width() as usize, rgb.height() as usize);
+    let array = ndarray::Array3::from_shape_vec((height, width, 3), rgb.into_raw()).map_err(|error| bad(error.to_string()))?;
+    super::from_rgb8(array.view())
+}
+
+fn unreadable(error: &image::ImageError) -> String {
+    format!("cannot be read as a picture: {error}")
+}
+
+fn over_white(picture: &RgbaImage) -> RgbImage {
+    let mix = |colour: u8, alpha: u8| ((u32::from(colour) * u32::from(alpha) + 255 * (255 - u32::from(alpha)) + 127) / 255) as u8;
+    RgbImage::from_fn(picture.width(), picture.height(), |x, y| {
+        let [r, g, b, a] = picture.get_pixel(x, y).0;
+        Rgb([mix(r, a), mix(g, a), mix(b, a)])
+    })
+}
+
+/// Writes one picture as PNG or JPEG (quality 95), by the extension; first under a temporary name, so that an older
+/// file stays until the new one is whole.
+///
+/// # Errors
+/// [`Error::Image`] for another extension, [`Error::Io`] where it cannot be written (the folder must exist),
+/// [`Error::Shape`] if it is not one picture.
+pub fn save(picture: &Tensor, path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    let bad = |reason: String| Error::Image { path: path.to_owned(), reason };
+    let format = format_of(path)?;
+    let pixels = super::to_rgb8(picture)?;
+    let (height, width, _) = pixels.dim();
+    let side = |length: usize| u32::try_from(length).map_err(|_| bad(format!("a side of {length} pixels is too long")));
+    let rgb = RgbImage::from_raw(side(width)?, side(height)?, pixels.into_raw_vec_and_offset().0).ok_or_else(|| bad("too few pixels".into()))?;
+    let mut bytes = Cursor::new(vec![]);
+    let written = match format {
+        ImageFormat::Jpeg => image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 95).encode_image(&rgb),
+        other => rgb.write_to(&mut bytes, other),
+    };
+    written.map_err(|error| bad(format!("cannot be written: {error}")))?;
+    write_whole(path, bytes.get_ref())
+}
+
+/// What [`save`] would write there.
+pub(crate) fn format_of(path: &Path) -> Result<ImageFormat> {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    match extension.as_str() {
+        "png" => Ok(ImageFormat::Png),
+        "jpg" | "jpeg" => Ok(ImageFormat::Jpeg),
+        other => Err(Error::Image { path: path.to_owned(), reason: format!("the extension `{other}` is not one that is written; use .png or .jpg") }),
+    }
+}
+
+/// Whether [`save`] could write there, to learn of a mistyped name before a long run and not after it.
+///
+/// # Errors
+/// As [`save`].
+pub fn check_writable(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    format_of(path)?;
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if folder.is_dir() && !path.is_dir() {
+        return Ok(());
+    }
+    let reason = if path.is_dir() {
+        "is a folder; name a file in it".into()
+    } else {
+        format!("the folder {} does not exist; make it first", folder.display())
+    };
+    Err(Error::Image { path: path.to_owned(), reason })
+}

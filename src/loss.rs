@@ -1,0 +1,162 @@
+//! The paper's losses: AD loss, content loss, and their weighted sum.
+
+use crate::{attention::scaled_dot_product, Error, Features, LayerFeatures, References, Result};
+use tch::{Kind, Reduction, Tensor};
+
+/// A differentiable scalar: how far a picture's features are from its references'. Holds settings only; everything
+/// that changes with the timestep comes as arguments.
+pub trait Loss {
+    /// A scalar in f32 (shape `[]`), differentiable where `picture` is; never by the references.
+    ///
+    /// # Errors
+    /// References that lack what the loss needs or do not fit the picture.
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor>;
+}
+
+/// The attention distillation loss: `sum over layers of mean |Attn(Q, K, V) - sg(Attn(s Q, Ks, Vs))|`.
+///
+/// `Q`, `K`, `V` are the picture's own, `Ks`, `Vs` the styles' (joined along the tokens where there are several), `sg`
+/// stops the gradient: it flows through the picture's own output alone.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct AdLoss {
+    /// `s`; above 1 the ideal output attends to fewer style tokens, more sharply. 1 is the paper's.
+    pub sharpness: f64,
+}
+
+impl Default for AdLoss {
+    fn default() -> Self {
+        Self { sharpness: 1.0 }
+    }
+}
+
+impl AdLoss {
+    /// The same with another sharpness.
+    #[must_use]
+    pub fn with_sharpness(mut self, sharpness: f64) -> Self {
+        self.sharpness = sharpness;
+        self
+    }
+
+    /// The terms of the sum, one scalar per layer.
+    ///
+    /// # Errors
+    /// As [`Loss::evaluate`].
+    pub fn per_layer(&self, picture: &Features, references: &References<Features>) -> Result<Vec<Tensor>> {
+        if !(self.sharpness.is_finite() && self.sharpness > 0.0) {
+            return Err(Error::argument("sharpness", format!("{} is not a positive number", self.sharpness)));
+        }
+        if references.styles.is_empty() {
+            return Err(Error::argument("styles", "the AD loss needs at least one"));
+        }
+        for style in &references.styles {
+            same_layers("style", picture, &style.of)?;
+        }
+        picture.layers().enumerate().map(|(i, layer)| mean_absolute(&layer.output, &self.ideal(i, layer, references)?)).collect()
+    }
+
+    /// What the layer would put out if the picture were made of the styles.
+    fn ideal(&self, i: usize, layer: &LayerFeatures, references: &References<Features>) -> Result<Tensor> {
+        let _guard = tch::no_grad_guard();
+        let query = if self.sharpness == 1.0 { layer.query.shallow_clone() } else { layer.query.f_mul_scalar(self.sharpness)? };
+        let key = joined(i, &query, references, |style| &style.key)?;
+        let value = joined(i, &query, references, |style| &style.value)?;
+        // Regions and weights of styles become one bias on these scores: it is the mask of this call.
+        scaled_dot_product(&query, &key, &value, None, layer.scale)
+    }
+}
+
+/// The styles' tensors of layer `i`, one after the other along the tokens, for each picture of the batch.
+fn joined(i: usize, query: &Tensor, references: &References<Features>, pick: fn(&LayerFeatures) -> &Tensor) -> Result<Tensor> {
+    let (batch, ..) = query.size4()?;
+    let there = references.styles.iter().filter_map(|style| style.of.layers().nth(i));
+    let parts = there.map(|layer| Ok(pick(layer).f_expand([batch, -1, -1, -1], false)?)).collect::<Result<Vec<_>>>()?;
+    match parts.as_slice() {
+        [one] => Ok(one.shallow_clone()),
+        several => Ok(Tensor::f_cat(several, 2)?),
+    }
+}
+
+impl Loss for AdLoss {
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
+        sum(self.per_layer(picture, references)?.into_iter().map(Ok))
+    }
+}
+
+/// The content loss: `sum over layers of mean |Q - sg(Qc)|`. Keeps the layout of the content.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ContentLoss;
+
+impl Loss for ContentLoss {
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
+        let content = references.content.as_ref().ok_or_else(|| Error::argument("content", "the content loss needs one; none was given"))?;
+        same_layers("content", picture, content)?;
+        sum(picture.layers().zip(content.layers()).map(|(ours, theirs)| {
+            let (ours_grid, theirs_grid) = (ours.query.size(), theirs.query.size());
+            if ours_grid.get(1..) != theirs_grid.get(1..) {
+                return Err(Error::shape(
+                    "content",
+                    format!("the picture's own size (queries {ours_grid:?} in layer {})", ours.site.index),
+                    theirs_grid,
+                ));
+            }
+            mean_absolute(&ours.query, &theirs.query.f_detach()?.f_expand_as(&ours.query)?)
+        }))
+    }
+}
+
+/// A weighted sum of losses: the paper's `L_AD + beta L_content` is
+/// `TotalLoss::default().plus(1.0, AdLoss::default()).plus(beta, ContentLoss)`.
+#[derive(Default)]
+pub struct TotalLoss {
+    terms: Vec<(f64, Box<dyn Loss + Send>)>,
+}
+
+impl std::fmt::Debug for TotalLoss {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TotalLoss").field("weights", &self.terms.iter().map(|(weight, _)| weight).collect::<Vec<_>>()).finish_non_exhaustive()
+    }
+}
+
+impl TotalLoss {
+    /// One term more. A term of weight 0 is not evaluated; a weight that is negative, infinite or NaN is refused by
+    /// [`Loss::evaluate`].
+    #[must_use]
+    pub fn plus(mut self, weight: f64, loss: impl Loss + Send + 'static) -> Self {
+        if weight != 0.0 {
+            self.terms.push((weight, Box::new(loss)));
+        }
+        self
+    }
+}
+
+impl Loss for TotalLoss {
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
+        sum(self.terms.iter().map(|(weight, loss)| {
+            if !(weight.is_finite() && *weight >= 0.0) {
+                return Err(Error::argument("loss weight", format!("{weight} is not a number of at least 0")));
+            }
+            Ok(loss.evaluate(picture, references)?.f_mul_scalar(*weight)?)
+        }))
+    }
+}
+
+/// `mean |a - b|`, in f32 whatever the network's kind: a mean over a million f16 differences loses too much.
+fn mean_absolute(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Ok(a.f_to_kind(Kind::Float)?.f_l1_loss(&b.f_to_kind(Kind::Float)?, Reduction::Mean)?)
+}
+
+fn same_layers(who: &'static str, picture: &Features, reference: &Features) -> Result<()> {
+    let indices = |features: &Features| features.layers().map(|layer| layer.site.index).collect::<Vec<_>>();
+    let (ours, theirs) = (indices(picture), indices(reference));
+    if ours == theirs {
+        Ok(())
+    } else {
+        Err(Error::argument(who, format!("its features are of layers {theirs:?}, the picture's of {ours:?}")))
+    }
+}
+
+fn sum(mut terms: impl Iterator<Item = Result<Tensor>>) -> Result<Tensor> {
+    let first = terms.next().ok_or_else(|| Error::argument("loss", "has no term: every weight is 0, or no layer was recorded"))??;
+    terms.try_fold(first, |total, term| Ok(total.f_add(&term?)?))
+}

@@ -1,0 +1,38 @@
+//! Where a run is.
+
+use crate::{Error, Result};
+use tch::Tensor;
+
+/// Where a run is after a step. Holds nothing of the run: read its `latents` beside it.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Steps done, from 1.
+    pub step: usize,
+    /// Steps in all.
+    pub steps: usize,
+    /// The timestep of this step.
+    pub timestep: f64,
+    loss: Option<Tensor>,
+}
+
+impl Progress {
+    pub(crate) fn new(step: usize, steps: usize, timestep: f64, loss: Option<Tensor>) -> Self {
+        Self { step, steps, timestep, loss }
+    }
+
+    /// The loss at the beginning of the step's last iteration; none if the step had no descent. **Waits for the GPU**,
+    /// so ask for it where you show it, not in every step.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if it is infinite or NaN.
+    pub fn loss(&self) -> Result<Option<f64>> {
+        let Some(loss) = &self.loss else { return Ok(None) };
+        let value = loss.f_double_value(&[])?;
+        if value.is_finite() {
+            Ok(Some(value))
+        } else {
+            Err(Error::NotFinite { what: "loss", step: self.step, timestep: self.timestep })
+        }
+    }
+}

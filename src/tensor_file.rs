@@ -1,0 +1,96 @@
+//! Tensors in safetensors files.
+
+use crate::{Error, Result};
+use safetensors::{tensor::TensorView, Dtype, SafeTensors};
+use std::path::Path;
+use tch::{Device, Kind, Tensor};
+
+/// The kind that a safetensors dtype becomes; none for dtypes that networks are not stored in.
+pub(crate) fn kind_of(dtype: Dtype) -> Option<Kind> {
+    Some(match dtype {
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::F32 => Kind::Float,
+        Dtype::F64 => Kind::Double,
+        Dtype::I64 => Kind::Int64,
+        Dtype::I32 => Kind::Int,
+        Dtype::U8 => Kind::Uint8,
+        _ => return None,
+    })
+}
+
+fn dtype_of(kind: Kind) -> Option<Dtype> {
+    Some(match kind {
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Float => Dtype::F32,
+        Kind::Double => Dtype::F64,
+        Kind::Int64 => Dtype::I64,
+        _ => return None,
+    })
+}
+
+/// A tensor of its own from a file's bytes; the view has checked that they are as many as its shape needs.
+pub(crate) fn tensor(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
+    let bad = |reason: String| Error::Weights { file: file.to_owned(), reason };
+    let kind = kind_of(view.dtype()).ok_or_else(|| bad(format!("tensor `{name}` is of kind {:?}; f16, bf16 and f32 are read", view.dtype())))?;
+    let shape = view
+        .shape()
+        .iter()
+        .map(|&side| i64::try_from(side))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|_| bad(format!("tensor `{name}` has an absurd shape")))?;
+    Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
+}
+
+/// What is wrong with a safetensors file, in words.
+pub(crate) fn damaged(file: &Path) -> impl Fn(safetensors::SafeTensorError) -> Error + '_ {
+    move |error| Error::Weights {
+        file: file.to_owned(),
+        reason: format!("is not a sound safetensors file ({error}); it may be truncated: fetch it again"),
+    }
+}
+
+/// All of a file's tensors, on the CPU.
+pub(crate) fn read(path: &Path) -> Result<Vec<(String, Tensor)>> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(damaged(path))?;
+    file.tensors().into_iter().map(|(name, view)| Ok((name.clone(), tensor(path, &name, &view)?))).collect()
+}
+
+/// Writes tensors under a temporary name beside `path`, then renames.
+pub(crate) fn write(tensors: &[(String, Tensor)], path: &Path) -> Result<()> {
+    let mut stored = vec![];
+    for (name, tensor) in tensors {
+        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let kind = tensor.kind();
+        let dtype = dtype_of(kind).ok_or_else(|| Error::argument("tensor", format!("`{name}` is of kind {kind:?}, which is not stored")))?;
+        let mut bytes = vec![0; tensor.numel().saturating_mul(kind.elt_size_in_bytes())];
+        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        let shape = tensor.size().iter().map(|&side| usize::try_from(side).unwrap_or(0)).collect::<Vec<_>>();
+        stored.push((name.as_str(), dtype, shape, bytes));
+    }
+    let refused = damaged(path);
+    let views = stored
+        .iter()
+        .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(&refused)?;
+    let bytes = safetensors::serialize(views, None).map_err(&refused)?;
+    write_whole(path, &bytes)
+}
+
+/// A file appears whole or not at all: written under a temporary name beside it, then renamed.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let name = path.file_name().ok_or_else(|| Error::argument("path", format!("`{}` names no file", path.display())))?;
+    let mut part = std::ffi::OsString::from(".");
+    part.push(name);
+    part.push(format!(".{}.part", std::process::id()));
+    let part = path.with_file_name(part);
+    let written = std::fs::write(&part, bytes).and_then(|()| std::fs::rename(&part, path));
+    written.map_err(|source| {
+        // Best effort: the error to report is the first one.
+        let _ = std::fs::remove_file(&part);
+        Error::io(path)(source)
+    })
+}
