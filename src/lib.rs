@@ -15,10 +15,13 @@ mod optimizer;
 mod progress;
 mod reference;
 mod scheduler;
+mod settings;
 mod tensor_file;
 
 pub mod device;
 pub mod image;
+#[cfg(feature = "stable-diffusion")]
+pub mod stable_diffusion;
 
 pub use attention::{AttentionHook, AttentionKind, AttentionSite, DeferredHook, PlainAttention, Qkv};
 pub use checkpoint::Checkpoint;
@@ -33,5 +36,8 @@ pub use optimizer::{Adam, AdamConfig, GradientDescent, Optimizer, OptimizerState
 pub use progress::Progress;
 pub use reference::{References, Style};
 pub use scheduler::{BetaSchedule, Ddim, DdimConfig, Prediction, Scheduler, Spacing};
+pub use settings::Settings;
+#[cfg(feature = "stable-diffusion")]
+pub use stable_diffusion::StableDiffusion;
 
 pub use tch;

@@ -1,0 +1,233 @@
+//! Stable Diffusion from a folder in diffusers layout: `unet/ vae/ scheduler/`, and where the model has them
+//! `text_encoder/ tokenizer/`. Every network is built from its `config.json`; fine-tunes, tiny test models and the
+//! bundled model are one code path.
+
+mod block;
+mod clip;
+mod condition;
+mod config;
+mod embedding;
+#[cfg(feature = "hub")]
+pub mod hub;
+mod layers;
+mod memory;
+mod resnet;
+mod schedule;
+mod settings;
+mod tokenizer;
+mod transformer;
+mod unet;
+mod vae;
+mod weights;
+
+pub use clip::ClipTextModel;
+pub use condition::Condition;
+pub use schedule::scheduler_config;
+pub use tokenizer::ClipTokenizer;
+pub use unet::UNet;
+pub use vae::AutoencoderKl;
+
+use crate::{image, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Result, Scheduler, Settings};
+use settings::FolderSettings;
+use std::{ops::Range, path::Path};
+use tch::{Device, Kind, Tensor};
+
+/// How many of the last self-attention layers the paper uses.
+const LAST_LAYERS: usize = 6;
+
+/// U-Net, autoencoder, text encoder and schedule of one model.
+#[derive(Debug)]
+pub struct StableDiffusion {
+    unet: UNet,
+    vae: AutoencoderKl,
+    text: Option<(ClipTokenizer, ClipTextModel)>,
+    schedule: DdimConfig,
+    settings: FolderSettings,
+    device: Device,
+}
+
+impl StableDiffusion {
+    /// Opens a folder; weights are converted to `kind` on `device` (see [`device`](crate::device)).
+    ///
+    /// # Errors
+    /// Files that are missing, damaged, or describe networks that are not supported, each by its name.
+    pub fn open(folder: impl AsRef<Path>, device: Device, kind: Kind) -> Result<Self> {
+        let folder = folder.as_ref();
+        if !folder.join("unet").is_dir() {
+            let reason = if folder.is_dir() {
+                "has no folder `unet`; a model folder in diffusers layout holds unet, vae and scheduler (see weights.md)"
+            } else {
+                "there is no such folder"
+            };
+            return Err(Error::Config { path: folder.to_owned(), reason: reason.into() });
+        }
+        if folder.join("text_encoder_2").is_dir() {
+            let reason = "is an SDXL model; prompts by two text encoders are not supported yet (its U-Net opens with UNet::open)";
+            return Err(Error::Config { path: folder.to_owned(), reason: reason.into() });
+        }
+        let settings = FolderSettings::open(folder)?;
+        let schedule = scheduler_config(folder.join("scheduler").join("scheduler_config.json"))?;
+        let (encoder, tokenizer) = (folder.join("text_encoder"), folder.join("tokenizer"));
+        let text = match encoder.is_dir() {
+            true => Some((ClipTokenizer::open(tokenizer)?, ClipTextModel::open(encoder, device, kind)?)),
+            false => None,
+        };
+        let vae = AutoencoderKl::open(folder.join("vae"), device, kind)?;
+        let unet = UNet::open(folder.join("unet"), device, kind)?;
+        if unet.in_channels() != vae.latent_channels() {
+            let reason = format!(
+                "its U-Net takes {} channels, its autoencoder makes {}; inpainting and the like are not supported",
+                unet.in_channels(),
+                vae.latent_channels()
+            );
+            return Err(Error::Config { path: folder.to_owned(), reason });
+        }
+        Ok(Self { unet, vae, text, schedule, settings, device })
+    }
+
+    /// The noise predictor.
+    pub fn unet(&self) -> &UNet {
+        &self.unet
+    }
+
+    /// The autoencoder.
+    pub fn vae(&self) -> &AutoencoderKl {
+        &self.vae
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// A task's settings, with those that the folder's `attention_distillation.json` has for this model, and the size
+    /// and layers that follow from its networks filled in.
+    ///
+    /// # Errors
+    /// None that opening the model would not have given.
+    pub fn settings(&self, task: Settings) -> Result<Settings> {
+        let mut settings = self.settings.over(task)?;
+        if settings.layers.is_none() {
+            settings.layers = Some(self.last_layers());
+        }
+        if settings.size.is_none() {
+            let side = self.unet.sample_size().unwrap_or(64).saturating_mul(self.vae.factor());
+            settings.size = Some((side, side));
+        }
+        Ok(settings)
+    }
+
+    /// The last six self-attention layers, counted on the network.
+    pub fn last_layers(&self) -> Range<usize> {
+        let count = self.unet.self_attention_layers();
+        count.saturating_sub(LAST_LAYERS)..count
+    }
+
+    /// The largest size within `(height, width)` pixels that the networks can take.
+    ///
+    /// # Errors
+    /// A size that is empty, absurd, or beyond this machine's memory.
+    pub fn fit(&self, (height, width): (i64, i64)) -> Result<(i64, i64)> {
+        image::check_size((height, width))?;
+        let factor = self.vae.factor();
+        let (fit_height, fit_width) = (height / factor * factor, width / factor * factor);
+        if fit_height == 0 || fit_width == 0 {
+            return Err(Error::argument("size", format!("{width}x{height} is too small; the model needs at least {factor}x{factor} pixels")));
+        }
+        memory::check(self.device, self.vae.activation_bytes(fit_height.saturating_mul(fit_width)), (fit_height, fit_width))?;
+        Ok((fit_height, fit_width))
+    }
+
+    /// Latents `(batch, channels, height / factor, width / factor)` in f32, from a picture `(batch, 3, height, width)`
+    /// with values 0 to 1.
+    ///
+    /// # Errors
+    /// Sides that are not multiples of the factor (8 in Stable Diffusion; see [`fit`](Self::fit)).
+    pub fn encode(&self, picture: &Tensor) -> Result<Tensor> {
+        image::size(picture)?;
+        tch::no_grad(|| self.vae.encode(&picture.f_to_device(self.device)?.f_to_kind(Kind::Float)?.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?))
+    }
+
+    /// A picture `(batch, 3, height, width)` with values 0 to 1, from latents.
+    ///
+    /// # Errors
+    /// Latents of another number of channels.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        tch::no_grad(|| {
+            let pixels = self.vae.decode(&latents.f_to_device(self.device)?)?;
+            Ok(pixels.f_div_scalar(2.0)?.f_add_scalar(0.5)?.f_clamp(0.0, 1.0)?)
+        })
+    }
+
+    /// The condition of each prompt, in one batch. `size`, `(height, width)` in pixels of the pictures to be made, matters
+    /// to networks that are told it, as SDXL is; those that this version opens are not.
+    ///
+    /// # Errors
+    /// No prompt; a prompt other than `""` for a model that has no text encoder.
+    pub fn prompts(&self, prompts: &[&str], size: (i64, i64)) -> Result<Condition> {
+        image::check_size(size)?;
+        if prompts.is_empty() {
+            return Err(Error::argument("prompts", "none given; the null prompt is \"\""));
+        }
+        let Some((tokenizer, encoder)) = &self.text else {
+            if let Some(prompt) = prompts.iter().find(|prompt| !prompt.is_empty()) {
+                return Err(Error::argument("prompt", format!("`{prompt}`: this model has no text encoder; only the empty prompt is possible")));
+            }
+            let null = condition::zeros(self.unet.cross_attention_dim(), self.device)?;
+            let batch = i64::try_from(prompts.len()).unwrap_or(1);
+            return Ok(Condition::new(null.text.f_expand([batch, -1, -1], false)?));
+        };
+        let rows = prompts.iter().map(|prompt| Ok(Tensor::f_from_slice(&tokenizer.encode(prompt)?)?)).collect::<Result<Vec<_>>>()?;
+        tch::no_grad(|| Ok(Condition::new(encoder.forward(&Tensor::f_stack(&rows, 0)?)?)))
+    }
+
+    /// The schedule in so many steps.
+    ///
+    /// # Errors
+    /// Steps of 0, or more than the model was trained with.
+    pub fn ddim(&self, steps: usize) -> Result<Ddim> {
+        Ddim::new(&self.schedule, steps)
+    }
+
+    /// The timesteps of [`ddim`](Self::ddim), for a [`Distiller`](crate::Distiller).
+    ///
+    /// # Errors
+    /// As [`ddim`](Self::ddim).
+    pub fn timesteps(&self, steps: usize) -> Result<Vec<f64>> {
+        Ok(self.ddim(steps)?.timesteps().to_vec())
+    }
+
+    /// This network under the null prompt for pictures of `(height, width)` pixels, through the layers of [`settings`](Self::settings): its last six
+    /// self-attention layers, unless its folder says otherwise.
+    ///
+    /// # Errors
+    /// As [`prompts`](Self::prompts).
+    pub fn extractor(&self, size: (i64, i64)) -> Result<FeatureExtractor<&Self>> {
+        let layers = self.settings(Settings::style_transfer())?.layers.unwrap_or_else(|| self.last_layers());
+        Ok(FeatureExtractor::new(self, self.prompts(&[""], size)?, layers))
+    }
+
+    /// Standard normal latents for a picture of `(height, width)` pixels, from libtorch's CPU generator under this
+    /// seed: the same as Python's `torch.manual_seed(seed); torch.randn(..)`, on every device.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit).
+    pub fn noise(&self, batch: i64, size: (i64, i64), seed: i64) -> Result<Tensor> {
+        if batch < 1 {
+            return Err(Error::argument("batch", format!("{batch} is not at least 1")));
+        }
+        let (height, width) = self.fit(size)?;
+        let factor = self.vae.factor();
+        tch::manual_seed(seed);
+        let shape = [batch, self.unet.in_channels(), height / factor, width / factor];
+        Ok(Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?.f_to_device(self.device)?)
+    }
+}
+
+impl Denoiser for StableDiffusion {
+    type Condition = Condition;
+
+    fn forward(&self, latents: &Tensor, timestep: f64, condition: &Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        self.unet.forward(latents, timestep, condition, hook)
+    }
+}

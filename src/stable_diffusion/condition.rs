@@ -1,0 +1,45 @@
+//! What conditions the U-Net.
+
+use crate::Result;
+use tch::Tensor;
+
+/// Encoded prompts. A batch of 1 serves any batch of latents.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Condition {
+    /// `(batch, tokens, cross_attention_dim)`.
+    pub text: Tensor,
+    /// SDXL: pooled text, `(batch, width)`.
+    pub pooled: Option<Tensor>,
+    /// SDXL: original size, crop, target size, each `(height, width)` in pixels: `(batch, 6)`.
+    pub time_ids: Option<Tensor>,
+}
+
+impl Condition {
+    /// Text alone, as Stable Diffusion 1 and 2 want it.
+    pub fn new(text: Tensor) -> Self {
+        Self { text, pooled: None, time_ids: None }
+    }
+
+    /// With what SDXL wants beside the text.
+    #[must_use]
+    pub fn with_pooled(mut self, pooled: Tensor, time_ids: Tensor) -> Self {
+        (self.pooled, self.time_ids) = (Some(pooled), Some(time_ids));
+        self
+    }
+
+    /// A second handle on the same tensors.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            text: self.text.shallow_clone(),
+            pooled: self.pooled.as_ref().map(Tensor::shallow_clone),
+            time_ids: self.time_ids.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+}
+
+/// Zeros, the null prompt of a model without a text encoder.
+pub(crate) fn zeros(width: i64, device: tch::Device) -> Result<Condition> {
+    Ok(Condition::new(Tensor::f_zeros([1, 1, width], (tch::Kind::Float, device))?))
+}

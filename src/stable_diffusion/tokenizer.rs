@@ -1,0 +1,176 @@
+//! `CLIPTokenizer`: prompts to token ids, the same as transformers gives.
+
+use super::config::Config;
+use crate::{Error, Result};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use tokenizers::{
+    models::bpe::BPE,
+    normalizers::{BertNormalizer, NFC},
+    pre_tokenizers::{byte_level::ByteLevel, sequence::Sequence, split::Split, split::SplitPattern},
+    NormalizedString, Normalizer, SplitDelimiterBehavior, Tokenizer,
+};
+
+/// Words, contractions, single digits, runs of other signs.
+const WORDS: &str = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+/// Byte pair encoding over lower-case words.
+#[derive(Debug)]
+pub struct ClipTokenizer {
+    tokenizer: Tokenizer,
+    /// From `vocab.json`: the text must be prepared here, a `tokenizer.json` does it itself.
+    prepare: bool,
+    /// Texts that stand for themselves wherever they occur in a prompt.
+    specials: Vec<(String, i64)>,
+    begin: i64,
+    end: i64,
+    pad: i64,
+    length: usize,
+}
+
+impl ClipTokenizer {
+    /// From a folder with `vocab.json` and `merges.txt`, or else `tokenizer.json`; `tokenizer_config.json` and
+    /// `special_tokens_map.json` may name other special tokens.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Config`] for files that are missing or damaged.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let (vocab, merges, whole) = (folder.join("vocab.json"), folder.join("merges.txt"), folder.join("tokenizer.json"));
+        let prepare = vocab.is_file() && merges.is_file();
+        let (file, tokenizer) = if prepare {
+            (vocab.clone(), from_vocabulary(&vocab, &merges)?)
+        } else if whole.is_file() {
+            let tokenizer = Tokenizer::from_file(&whole).map_err(refused(&whole))?;
+            (whole, tokenizer)
+        } else {
+            let reason = "has neither vocab.json and merges.txt nor tokenizer.json".into();
+            return Err(Error::Config { path: folder.to_owned(), reason });
+        };
+        let names = Names::open(folder)?;
+        let id = |token: &str| match tokenizer.token_to_id(token) {
+            Some(id) => Ok(i64::from(id)),
+            None => Err(Error::Config { path: file.clone(), reason: format!("has no special token `{token}`") }),
+        };
+        let [begin, end, pad] = [id(&names.begin)?, id(&names.end)?, id(&names.pad)?];
+        let specials = vec![(names.begin, begin), (names.end, end), (names.pad, pad)];
+        let mut tokenizer = tokenizer;
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(refused(&file))?;
+        Ok(Self { tokenizer, prepare, specials, begin, end, pad, length: names.length })
+    }
+
+    /// How many ids a prompt becomes: 77.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// The ids of a prompt between begin and end, padded to [`length`](Self::length). What does not fit is left out,
+    /// with a warning through `tracing`.
+    ///
+    /// # Errors
+    /// A prompt that the vocabulary cannot express.
+    pub fn encode(&self, prompt: &str) -> Result<Vec<i64>> {
+        let mut ids = vec![];
+        if self.prepare {
+            self.split(prompt, &self.specials, &mut ids, &mut |text, ids| {
+                let text = prepared(text)?;
+                // Lower case may have made one of the two out of another spelling.
+                let ends = self.specials.get(..2).unwrap_or_default();
+                self.split(&text, ends, ids, &mut |text, ids| self.words(text, ids))
+            })?;
+        } else {
+            self.words(prompt, &mut ids)?;
+        }
+        let room = self.length.saturating_sub(2);
+        if ids.len() > room {
+            tracing::warn!(prompt, tokens = ids.len(), room, "the prompt is too long; its end is left out");
+            ids.truncate(room);
+        }
+        ids.insert(0, self.begin);
+        ids.push(self.end);
+        ids.resize(self.length.max(2), self.pad);
+        Ok(ids)
+    }
+
+    fn words(&self, text: &str, ids: &mut Vec<i64>) -> Result<()> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| Error::argument("prompt", error.to_string()))?;
+        ids.extend(encoding.get_ids().iter().map(|&id| i64::from(id)));
+        Ok(())
+    }
+
+    /// The specials in a text become their ids, what lies between goes through `rest`.
+    fn split(
+        &self,
+        text: &str,
+        specials: &[(String, i64)],
+        ids: &mut Vec<i64>,
+        rest: &mut dyn FnMut(&str, &mut Vec<i64>) -> Result<()>,
+    ) -> Result<()> {
+        let mut text = text;
+        loop {
+            let first = specials.iter().filter_map(|(token, id)| text.find(token.as_str()).map(|at| (at, std::cmp::Reverse(token.len()), *id))).min();
+            let Some((at, std::cmp::Reverse(length), id)) = first else { return rest(text, ids) };
+            rest(text.get(..at).unwrap_or_default(), ids)?;
+            ids.push(id);
+            text = text.get(at + length..).unwrap_or_default();
+        }
+    }
+}
+
+fn from_vocabulary(vocab: &Path, merges: &Path) -> Result<Tokenizer> {
+    let name = |path: &Path| {
+        path.to_str().map(str::to_owned).ok_or_else(|| Error::Config { path: path.to_owned(), reason: "its path is not Unicode".into() })
+    };
+    let builder = BPE::from_file(&name(vocab)?, &name(merges)?);
+    let model = builder.unk_token("<|endoftext|>".into()).end_of_word_suffix("</w>".into()).build().map_err(refused(vocab))?;
+    let words = Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true).map_err(refused(vocab))?;
+    let mut tokenizer = Tokenizer::new(model);
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![words.into(), ByteLevel::new(false, true, false).into()])));
+    Ok(tokenizer)
+}
+
+fn refused(path: &Path) -> impl Fn(tokenizers::Error) -> Error + '_ {
+    move |error| Error::Config { path: path.to_owned(), reason: format!("cannot be used as a tokenizer: {error}") }
+}
+
+/// As transformers prepares a text where ftfy is not installed: control characters out, spaces around ideographs,
+/// composed characters, single spaces, lower case.
+fn prepared(text: &str) -> Result<String> {
+    let failed = |error: tokenizers::Error| Error::argument("prompt", error.to_string());
+    let mut text = NormalizedString::from(text);
+    BertNormalizer::new(true, true, Some(false), false).normalize(&mut text).map_err(failed)?;
+    NFC.normalize(&mut text).map_err(failed)?;
+    // Word by word: a Greek sigma is written otherwise at a word's end.
+    Ok(text.get().split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" "))
+}
+
+/// Special tokens, as transformers' files name them.
+struct Names {
+    begin: String,
+    end: String,
+    pad: String,
+    length: usize,
+}
+
+impl Names {
+    fn open(folder: &Path) -> Result<Self> {
+        let files: Vec<PathBuf> =
+            ["special_tokens_map.json", "tokenizer_config.json"].iter().map(|name| folder.join(name)).filter(|path| path.is_file()).collect();
+        let configs = files.iter().map(|path| Config::open(path)).collect::<Result<Vec<_>>>()?;
+        let find = |key: &str, default: &str| {
+            let value = configs.iter().find_map(|config| config.get(key));
+            // Either the text itself, or an object about it.
+            value.and_then(|value| value.as_str().or_else(|| value.get("content").and_then(Value::as_str))).unwrap_or(default).to_owned()
+        };
+        let end = find("eos_token", "<|endoftext|>");
+        let length = configs.iter().find_map(|config| config.get("model_max_length")).and_then(Value::as_u64);
+        Ok(Self {
+            begin: find("bos_token", "<|startoftext|>"),
+            pad: find("pad_token", &end),
+            end,
+            // Files say 1e30 for "no limit", but the positions end at 77.
+            length: length.and_then(|n| usize::try_from(n).ok()).filter(|n| (3..=4096).contains(n)).unwrap_or(77),
+        })
+    }
+}

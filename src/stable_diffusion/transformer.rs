@@ -1,0 +1,194 @@
+//! The transformers between a U-Net's residual blocks: self-attention, cross-attention, feed-forward.
+
+use super::layers::{merge_heads, split_heads, Conv2d, GroupNorm, LayerNorm, Linear};
+use super::weights::Scope;
+use crate::{AttentionHook, AttentionSite, Qkv, Result};
+use tch::Tensor;
+
+/// One forward pass on its way through the network: the condition, the hook, and how many attention layers it met.
+pub(crate) struct Pass<'a> {
+    /// Text embeddings, `(1 or batch, tokens, width)`.
+    text: &'a Tensor,
+    hook: &'a mut dyn AttentionHook,
+    self_attentions: usize,
+    cross_attentions: usize,
+}
+
+impl<'a> Pass<'a> {
+    pub(crate) fn new(text: &'a Tensor, hook: &'a mut dyn AttentionHook) -> Self {
+        Self { text, hook, self_attentions: 0, cross_attentions: 0 }
+    }
+
+    fn self_attention(&mut self, grid: (i64, i64), qkv: Qkv) -> Result<Tensor> {
+        self.self_attentions += 1;
+        self.hook.attend(&AttentionSite::self_attention(self.self_attentions - 1, grid), qkv)
+    }
+
+    fn cross_attention(&mut self, grid: (i64, i64), qkv: Qkv) -> Result<Tensor> {
+        self.cross_attentions += 1;
+        self.hook.attend(&AttentionSite::cross_attention(self.cross_attentions - 1, grid), qkv)
+    }
+}
+
+/// Sizes of one transformer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TransformerShape {
+    pub(crate) channels: i64,
+    pub(crate) heads: i64,
+    pub(crate) layers: i64,
+    /// Width of the text embeddings.
+    pub(crate) text: i64,
+    pub(crate) groups: i64,
+    pub(crate) use_linear: bool,
+}
+
+/// A picture's channels in and out, tokens between.
+#[derive(Debug)]
+pub(crate) struct Transformer {
+    norm: GroupNorm,
+    proj_in: Projection,
+    blocks: Vec<Block>,
+    proj_out: Projection,
+}
+
+/// The same numbers either way: a convolution of kernel 1 before, or a linear layer after, pixels become tokens.
+#[derive(Debug)]
+enum Projection {
+    Conv(Conv2d),
+    Linear(Linear),
+}
+
+impl Projection {
+    fn new(at: &Scope<'_>, inputs: i64, outputs: i64, use_linear: bool) -> Result<Self> {
+        Ok(if use_linear { Self::Linear(Linear::new(at, inputs, outputs)?) } else { Self::Conv(Conv2d::new(at, inputs, outputs, 1)?) })
+    }
+}
+
+impl Transformer {
+    pub(crate) fn new(at: &Scope<'_>, shape: TransformerShape) -> Result<Self> {
+        // As wide as whole heads can be.
+        let width = shape.heads * (shape.channels / shape.heads);
+        Ok(Self {
+            norm: GroupNorm::new(&at.at("norm"), shape.groups, shape.channels, 1e-6)?,
+            proj_in: Projection::new(&at.at("proj_in"), shape.channels, width, shape.use_linear)?,
+            blocks: (0..shape.layers).map(|i| Block::new(&at.at("transformer_blocks").at(i), width, shape)).collect::<Result<_>>()?,
+            proj_out: Projection::new(&at.at("proj_out"), width, shape.channels, shape.use_linear)?,
+        })
+    }
+
+    /// Self-attention layers in it.
+    pub(crate) fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let (_, _, height, width) = x.size4()?;
+        let tokens = |x: &Tensor| x.f_flatten(2, 3).and_then(|x| x.f_transpose(1, 2));
+        let pixels = |x: &Tensor| x.f_transpose(1, 2).and_then(|x| x.f_unflatten(2, [height, width]));
+        let normed = self.norm.forward(x)?;
+        let mut h = match &self.proj_in {
+            Projection::Conv(conv) => tokens(&conv.forward(&normed)?)?,
+            Projection::Linear(linear) => linear.forward(&tokens(&normed)?)?,
+        };
+        for block in &self.blocks {
+            h = block.forward(&h, (height, width), pass)?;
+        }
+        let h = match &self.proj_out {
+            Projection::Conv(conv) => conv.forward(&pixels(&h)?.f_contiguous()?)?,
+            Projection::Linear(linear) => pixels(&linear.forward(&h)?)?,
+        };
+        Ok(h.f_add(x)?)
+    }
+}
+
+#[derive(Debug)]
+struct Block {
+    norm1: LayerNorm,
+    self_attention: Attention,
+    norm2: LayerNorm,
+    cross_attention: Attention,
+    norm3: LayerNorm,
+    feed_forward: FeedForward,
+}
+
+impl Block {
+    fn new(at: &Scope<'_>, width: i64, shape: TransformerShape) -> Result<Self> {
+        let norm = |name: &str| LayerNorm::new(&at.at(name), width, 1e-5);
+        Ok(Self {
+            norm1: norm("norm1")?,
+            self_attention: Attention::new(&at.at("attn1"), width, width, shape.heads)?,
+            norm2: norm("norm2")?,
+            cross_attention: Attention::new(&at.at("attn2"), width, shape.text, shape.heads)?,
+            norm3: norm("norm3")?,
+            feed_forward: FeedForward::new(&at.at("ff.net"), width)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, grid: (i64, i64), pass: &mut Pass<'_>) -> Result<Tensor> {
+        let normed = self.norm1.forward(x)?;
+        let attended = pass.self_attention(grid, self.self_attention.project(&normed, &normed)?)?;
+        let x = x.f_add(&self.self_attention.merge(&attended)?)?;
+        let text = pass.text;
+        let attended = pass.cross_attention(grid, self.cross_attention.project(&self.norm2.forward(&x)?, text)?)?;
+        let x = x.f_add(&self.cross_attention.merge(&attended)?)?;
+        Ok(x.f_add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?)?)
+    }
+}
+
+#[derive(Debug)]
+struct Attention {
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+    heads: i64,
+}
+
+impl Attention {
+    fn new(at: &Scope<'_>, width: i64, context: i64, heads: i64) -> Result<Self> {
+        Ok(Self {
+            to_q: Linear::without_bias(&at.at("to_q"), width, width)?,
+            to_k: Linear::without_bias(&at.at("to_k"), context, width)?,
+            to_v: Linear::without_bias(&at.at("to_v"), context, width)?,
+            to_out: Linear::new(&at.at("to_out.0"), width, width)?,
+            heads,
+        })
+    }
+
+    /// A context of batch 1 serves the whole batch: projected once, then shown to every picture.
+    fn project(&self, x: &Tensor, context: &Tensor) -> Result<Qkv> {
+        let query = split_heads(&self.to_q.forward(x)?, self.heads)?;
+        let mut key = split_heads(&self.to_k.forward(context)?, self.heads)?;
+        let mut value = split_heads(&self.to_v.forward(context)?, self.heads)?;
+        let (batch, ..) = query.size4()?;
+        if key.size4()?.0 != batch {
+            key = key.f_expand([batch, -1, -1, -1], false)?;
+            value = value.f_expand([batch, -1, -1, -1], false)?;
+        }
+        Ok(Qkv::new(query, key, value))
+    }
+
+    fn merge(&self, attended: &Tensor) -> Result<Tensor> {
+        self.to_out.forward(&merge_heads(attended)?)
+    }
+}
+
+/// GEGLU: one half of a wide projection gates the other.
+#[derive(Debug)]
+struct FeedForward {
+    proj: Linear,
+    out: Linear,
+}
+
+impl FeedForward {
+    fn new(at: &Scope<'_>, width: i64) -> Result<Self> {
+        Ok(Self { proj: Linear::new(&at.at("0.proj"), width, 8 * width)?, out: Linear::new(&at.at("2"), 4 * width, width)? })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let wide = self.proj.forward(x)?;
+        let half = wide.size3()?.2 / 2;
+        let (hidden, gate) = (wide.f_narrow(2, 0, half)?, wide.f_narrow(2, half, half)?);
+        self.out.forward(&hidden.f_mul(&gate.f_gelu("none")?)?)
+    }
+}
