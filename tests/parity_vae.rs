@@ -1,0 +1,48 @@
+//! The VAE against diffusers: scaled latents from pixels, and pixels from scaled latents.
+#![cfg(feature = "stable-diffusion")]
+#![allow(clippy::disallowed_methods)] // A test may panic.
+
+mod common;
+
+use attention_distillation::stable_diffusion::AutoencoderKl;
+use common::{fixture, Comparison, Expected, ACTIVATIONS};
+use tch::{Device, Kind};
+
+fn autoencoder(folder: &str, name: &str) {
+    let vae = AutoencoderKl::open(fixture(folder), Device::Cpu, Kind::Float).unwrap();
+    let expected = Expected::read("vae");
+    let get = |part: &str| expected.get(&format!("{name}.{part}"));
+    let mut comparison = Comparison::default();
+    tch::no_grad(|| {
+        comparison.close(format!("{name} encode"), &vae.encode(get("pixels")).unwrap(), get("encoded"), ACTIVATIONS);
+        comparison.close(format!("{name} decode"), &vae.decode(get("latents")).unwrap(), get("decoded"), ACTIVATIONS);
+    });
+    comparison.finish();
+}
+
+#[test]
+fn like_stable_diffusion_15() {
+    autoencoder("sd15/vae", "sd15");
+}
+
+/// `query`, `key`, `value`, `proj_attn`, in f16, with a config that lacks the later settings.
+#[test]
+fn former_tensor_names() {
+    autoencoder("vae_old_names", "old_names");
+}
+
+/// The same weights under both sets of names make the same picture, bit for bit.
+#[test]
+fn former_names_are_the_same_network() {
+    let open = |folder| AutoencoderKl::open(fixture(folder), Device::Cpu, Kind::Float).unwrap();
+    let expected = Expected::read("vae");
+    let latents = expected.get("sd15.latents");
+    let (new, former) = tch::no_grad(|| (open("sd15/vae").decode(latents).unwrap(), open("vae_old_names").decode(latents).unwrap()));
+    assert!(new.equal(&former));
+}
+
+/// No attention, no quant convolutions, a shift.
+#[test]
+fn without_attention_and_quant_convolutions() {
+    autoencoder("vae_plain", "plain");
+}

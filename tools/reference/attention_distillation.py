@@ -1,0 +1,229 @@
+"""Attention distillation by optimisation, in plain Python on top of diffusers.
+
+This is what the crate's tests compare themselves with, so it favours being easy
+to check over being fast: one forward pass per reference, one forward and one
+backward pass for the picture, everything in f32.
+
+    model = Model.open("folder")
+    style, content = model.encode(style_picture), model.encode(content_picture)
+    run = optimise(model, content.clone(), [style], content, content_weight=0.25, steps=100)
+    picture = model.decode(run.latents)
+
+Pictures are (B, 3, H, W) in 0..1.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+
+class Layer(NamedTuple):
+    """One self-attention layer, every tensor (batch, heads, tokens, head_dim)."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+
+
+class Stopped(Exception):
+    """All wanted layers are recorded: the rest of the pass would be thrown away."""
+
+
+class Recorder:
+    """Shared by all attention layers of a network: counts them and keeps some."""
+
+    def __init__(self):
+        self.begin(range(0))
+
+    def begin(self, wanted, stop=False):
+        self.wanted, self.stop, self.count, self.layers = wanted, stop, 0, []
+
+    def add(self, layer):
+        if self.count in self.wanted:
+            self.layers.append(layer)
+        self.count += 1
+        if self.stop and len(self.layers) == len(self.wanted):
+            raise Stopped
+
+
+class RecordedAttention:
+    """An attention processor for diffusers; cross-attention passes by unrecorded."""
+
+    def __init__(self, recorder):
+        self.recorder = recorder
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def split(x):
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query, key, value = split(attn.to_q(hidden_states)), split(attn.to_k(context)), split(attn.to_v(context))
+        output = F.scaled_dot_product_attention(query, key, value)
+        if encoder_hidden_states is None:
+            self.recorder.add(Layer(query, key, value, output))
+        projection, dropout = attn.to_out
+        return dropout(projection(output.transpose(1, 2).flatten(2)))
+
+
+class Network:
+    """A UNet whose self-attention layers can be looked at."""
+
+    def __init__(self, unet):
+        self.unet = unet.float().eval().requires_grad_(False)
+        self.recorder = Recorder()
+        unet.set_attn_processor({name: RecordedAttention(self.recorder) for name in unet.attn_processors})
+        self.layer_count = sum(".attn1." in name for name in unet.attn_processors)
+
+    @classmethod
+    def open(cls, folder):
+        # The plain loader: the memory-saving one gives the same weights, slower for small files.
+        return cls(UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False))
+
+    def last(self, count=6):
+        return range(self.layer_count - count, self.layer_count)
+
+    def predict(self, latents, timestep, condition):
+        """The noise prediction. `condition` is the text, or a dict with `text`, `pooled` and `time_ids`."""
+        batch = latents.shape[0]
+        extra = None
+        if isinstance(condition, dict):
+            extra = {"text_embeds": condition["pooled"].expand(batch, -1), "time_ids": condition["time_ids"].expand(batch, -1)}
+            condition = condition["text"]
+        text = condition.expand(batch, -1, -1)
+        return self.unet(latents, timestep, encoder_hidden_states=text, added_cond_kwargs=extra).sample
+
+    def features(self, latents, timestep, condition, layers):
+        self.recorder.begin(layers, stop=True)
+        try:
+            self.predict(latents, timestep, condition)
+        except Stopped:
+            pass
+        found = self.recorder.layers
+        assert len(found) == len(layers), f"{len(found)} of {len(layers)} layers found"
+        self.recorder.begin(range(0))
+        return found
+
+
+def ad_loss(picture, styles, sharpness=1.0):
+    """How far each layer's output is from what it would be, were the picture made of the styles.
+
+    Every token of the picture attends to the tokens of all styles.
+    """
+    total = 0.0
+    for index, layer in enumerate(picture):
+        with torch.no_grad():
+            batch = layer.query.shape[0]
+            key, value = (
+                torch.cat([getattr(style[index], part).expand(batch, -1, -1, -1) for style in styles], dim=2)
+                for part in ("key", "value")
+            )
+            ideal = F.scaled_dot_product_attention(sharpness * layer.query, key, value)
+        total = total + (layer.output - ideal).abs().mean()
+    return total
+
+
+def content_loss(picture, content):
+    """How far the queries, which carry the layout, are from the content's."""
+    return sum((layer.query - other.query.detach()).abs().mean() for layer, other in zip(picture, content, strict=True))
+
+
+@dataclass
+class Model:
+    """A folder in diffusers layout."""
+
+    network: Network
+    vae: AutoencoderKL
+    scheduler: DDIMScheduler
+    null: torch.Tensor
+    layers: range
+
+    @classmethod
+    def open(cls, folder, layers=None):
+        folder = Path(folder)
+        network = Network.open(folder / "unet")
+        vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False).float().eval().requires_grad_(False)
+        # Whichever solver the folder names, its settings describe a DDIM schedule too.
+        scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
+        if (folder / "text_encoder").is_dir():
+            null = encode_prompt(folder, "")
+        else:
+            null = torch.zeros(1, 1, network.unet.config.cross_attention_dim)
+        return cls(network, vae, scheduler, null, layers or network.last())
+
+    def timesteps(self, steps):
+        self.scheduler.set_timesteps(steps)
+        return self.scheduler.timesteps.tolist()
+
+    def features(self, latents, timestep):
+        return self.network.features(latents, timestep, self.null, self.layers)
+
+    @torch.no_grad()
+    def encode(self, picture):
+        return encode(self.vae, picture * 2 - 1)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        return (decode(self.vae, latents) / 2 + 0.5).clamp(0, 1)
+
+
+def encode(vae, pixels):
+    """Pixels in -1..1 to latents at the network's scale: the posterior's mean, no draw."""
+    mean = vae.encode(pixels).latent_dist.mean
+    return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode(vae, latents):
+    """The other way; values may lie outside -1..1."""
+    return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
+
+
+def encode_prompt(folder, prompt):
+    # Here, because a folder without text encoder needs none of transformers.
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(Path(folder) / "text_encoder").float().eval()
+    ids = tokenizer(
+        prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        return encoder(ids).last_hidden_state
+
+
+@dataclass
+class Run:
+    latents: torch.Tensor
+    losses: list = field(default_factory=list)
+    """Of each step's last iteration, before its update."""
+
+
+def optimise(
+    model, start, styles, content=None, content_weight=0.0, steps=100, iterations=1, learning_rate=0.05, progress=None
+):
+    """Moves `start` towards the styles, one timestep after the other; all arguments are latents."""
+    latents = start.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([latents], lr=learning_rate)
+    run = Run(latents.detach())
+    for step, timestep in enumerate(model.timesteps(steps)):
+        with torch.no_grad():
+            # Clean references: the timestep only tells the network where to look.
+            style_features = [model.features(style, timestep) for style in styles]
+            content_features = model.features(content, timestep) if content_weight else None
+        for _ in range(iterations):
+            picture = model.features(latents, timestep)
+            loss = ad_loss(picture, style_features)
+            if content_weight:
+                loss = loss + content_weight * content_loss(picture, content_features)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        run.losses.append(loss.item())
+        if progress:
+            progress(step + 1, run.losses[-1])
+    return run
