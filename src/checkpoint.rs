@@ -68,5 +68,5 @@ impl Checkpoint {
 }
 
 fn count(tensor: &Tensor) -> Option<usize> {
-    (tensor.numel() == 1 && tensor.kind() == Kind::Int64).then(|| tensor.f_int64_value(&[0]).ok())?.and_then(|n| usize::try_from(n).ok())
+    (tensor.numel() == 1 && tensor.f_kind().ok()? == Kind::Int64).then(|| tensor.f_int64_value(&[0]).ok())?.and_then(|n| usize::try_from(n).ok())
 }

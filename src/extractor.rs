@@ -54,7 +54,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
         tch::with_grad(|| {
             let leaf = latents.f_detach()?.f_set_requires_grad(true)?;
             let features = self.extract(&leaf, timestep)?;
-            let half = features.layers().any(|layer| layer.query.kind() == Kind::Half);
+            let half = features.layers().any(|layer| matches!(layer.query.f_kind(), Ok(Kind::Half)));
             let scale = if half { HALF_LOSS_SCALE } else { 1.0 };
             let value = loss.evaluate(&features, references)?;
             drop(features);

@@ -1,5 +1,83 @@
-//! Attention Distillation for libtorch (placeholder front page).
-#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+//! Attention Distillation for libtorch: give it a reference picture, and it moves that picture's style, appearance or
+//! texture into a new one, by optimising diffusion latents against attention features.
+//!
+//! The method is that of *Attention Distillation: A Unified Approach to Visual Characteristics Transfer* (CVPR 2025,
+//! [arXiv 2502.20235](https://arxiv.org/abs/2502.20235)). This crate is an independent implementation.
+//!
+//! # A picture in another's style
+//! ```no_run
+//! use attention_distillation::{device, image, Distiller, References, Result, StableDiffusion};
+//!
+//! # #[cfg(feature = "stable-diffusion")]
+//! fn main() -> Result<()> {
+//!     // A folder in diffusers layout: unet/ vae/ text_encoder/ tokenizer/ scheduler/
+//!     let device = device::best();
+//!     let model = StableDiffusion::open("models/stable-diffusion-v1-5", device, device::kind(device))?;
+//!
+//!     // Scaled to about 512 x 512 pixels, each in its own aspect ratio.
+//!     let content = image::load_to_area("content.jpg", 512 * 512)?;
+//!     let style = image::load_to_area("style.jpg", 512 * 512)?;
+//!
+//!     let mut run = Distiller::style_transfer(
+//!         model.extractor(image::size(&content)?)?,
+//!         model.timesteps(200)?,
+//!         References::style(model.encode(&style)?).with_content(model.encode(&content)?),
+//!         0.25, // how much of the content's layout stays
+//!     )?;
+//!     while let Some(progress) = run.advance()? {
+//!         eprint!("\r{}/{}", progress.step, progress.steps);
+//!     }
+//!     image::save(&model.decode(&run.latents)?, "result.png")
+//! }
+//! # #[cfg(not(feature = "stable-diffusion"))]
+//! # fn main() {}
+//! ```
+//!
+//! # Where to begin
+//! - **To make pictures**: [`StableDiffusion`], [`mod@image`], [`device`], [`References`], [`Distiller`], [`Settings`], [`TotalLoss`].
+//! - **To join a pipeline of your own**: [`Denoiser`], [`AttentionHook`], [`AttentionSite`], [`Qkv`], [`FeatureExtractor`],
+//!   [`References`], [`AdLoss`], [`Adam`]. The network gets one changed line in its attention and an `impl Denoiser`; the
+//!   example `foreign_pipeline` is what to copy. Without the feature `stable-diffusion` nothing else is built.
+//!
+//! # The paper on one page
+//! Latents `z` of the picture being made are seen through self-attention layers `l` of a frozen diffusion network, under
+//! the null prompt, at timestep `t`: `Q`, `K`, `V` after projection and head split, `(batch, heads, tokens, head_dim)`.
+//! `sg` stops the gradient; the index `s` means the style picture, `c` the content picture. Distances are means of absolute
+//! differences.
+//!
+//! | in the paper | here |
+//! |---|---|
+//! | the layers: the last six of the network | [`FeatureExtractor::layers`](FeatureExtractor), [`StableDiffusion::last_layers`](crate::StableDiffusion) |
+//! | features of `z` at `t`, one forward pass | [`FeatureExtractor::extract`], [`FeatureRecorder`] |
+//! | `Attn(Q, K, V) = softmax(Q K^T / sqrt d) V` | [`Qkv::attend`] |
+//! | `L_AD = sum_l abs(Attn(Q, K, V) - sg(Attn(Q, Ks, Vs)))` | [`AdLoss`] |
+//! | several styles: their `K`, `V` joined along the tokens | [`References::styles`] |
+//! | `L_content = sum_l abs(Q - sg(Qc))` | [`ContentLoss`] |
+//! | `L = L_AD + beta L_content` | [`TotalLoss`], [`Distiller::style_transfer`] |
+//! | `z <- Adam(z, dL/dz)` | [`FeatureExtractor::descend`], [`Adam`] |
+//! | plain gradient steps (Fig. 12) | [`GradientDescent`] |
+//! | optimisation over the timesteps `t` of DDIM | [`Distiller`], [`Ddim`] |
+//! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
+//!
+//! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise; for each
+//! timestep take the features of the clean references once, then `iterations` steps of one Adam on `z`; decode.
+//!
+//! # Conventions
+//! - Pictures are `(batch, 3, height, width)` in f32, RGB, 0 to 1; sizes are `(height, width)` in pixels.
+//! - Latents are `(batch, channels, height / factor, width / factor)` in f32, scaled as the network knows them.
+//! - Networks compute in f32, bf16 or f16; losses, gradients' scaling and Adam in f32.
+//! - Nothing panics, prints, downloads, or draws from a global generator on its own; every failure is an [`Error`].
+//! - Models and runs are `Send`, not `Sync`: one worker per GPU owns its model and interleaves its runs.
+//!
+//! # Features
+//! `stable-diffusion` (default): networks from diffusers folders. `hub`: such folders from the Hugging Face hub.
+//! `download-libtorch`: tch fetches libtorch while it builds. `doc-only`: type checks without libtorch.
+//!
+//! # libtorch
+//! tch 0.24 wants libtorch 2.11.0. CUDA is opened at run time by [`device::best`] and [`device::parse`]: ask these before any
+//! other CUDA query, no linker flags are needed. Where other programs use the same cores, run with
+//! `OMP_WAIT_POLICY=passive`: libtorch's threads spin while they wait, which then costs a factor of five and more.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods))]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 mod attention;

@@ -63,7 +63,7 @@ pub(crate) fn write(tensors: &[(String, Tensor)], path: &Path) -> Result<()> {
     let mut stored = vec![];
     for (name, tensor) in tensors {
         let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
-        let kind = tensor.kind();
+        let kind = tensor.f_kind()?;
         let dtype = dtype_of(kind).ok_or_else(|| Error::argument("tensor", format!("`{name}` is of kind {kind:?}, which is not stored")))?;
         let mut bytes = vec![0; tensor.numel().saturating_mul(kind.elt_size_in_bytes())];
         tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;

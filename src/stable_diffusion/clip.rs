@@ -134,7 +134,7 @@ impl Layer {
         let (q, k, v) = (project(&self.q)?, project(&self.k)?, project(&self.v)?);
         // Each token sees those before it.
         let tokens = normed.size3()?.1;
-        let mask = Tensor::f_full([tokens, tokens], f64::NEG_INFINITY, (q.kind(), q.device()))?.f_triu(1)?;
+        let mask = Tensor::f_full([tokens, tokens], f64::NEG_INFINITY, (q.f_kind()?, q.device()))?.f_triu(1)?;
         let x = x.f_add(&self.out.forward(&merge_heads(&scaled_dot_product(&q, &k, &v, Some(&mask), None)?)?)?)?;
         let inner = self.activation.forward(&self.fc1.forward(&self.norm2.forward(&x)?)?)?;
         Ok(x.f_add(&self.fc2.forward(&inner)?)?)

@@ -221,7 +221,7 @@ impl UNet {
             x = block.forward(x, &time, &mut pass, &mut skips)?;
         }
         let x = self.conv_out.forward(&self.config.activation.forward(&self.norm_out.forward(&x)?)?)?;
-        Ok(x.f_to_kind(latents.kind())?)
+        Ok(x.f_to_kind(latents.f_kind()?)?)
     }
 
     fn check(&self, latents: &Tensor, condition: &Condition) -> Result<i64> {

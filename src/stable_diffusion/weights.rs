@@ -102,7 +102,7 @@ impl Weights {
         let bytes = self.files.get(entry.file).and_then(|(_, map)| map.get(entry.bytes.clone())).unwrap_or_default();
         let view = TensorView::new(entry.dtype, entry.shape.clone(), bytes).map_err(tensor_file::damaged(file))?;
         let tensor = tensor_file::tensor(file, name, &view)?;
-        if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+        if !matches!(tensor.f_kind()?, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
             let reason = format!("tensor `{name}` is of kind {:?}; f16, bf16 and f32 are read", entry.dtype);
             return Err(Error::Weights { file: file.to_owned(), reason });
         }

@@ -1,0 +1,52 @@
+# `make demo` and `make test` need a Rust toolchain, a C++ compiler and python3 with pip; everything else they fetch.
+# Afterwards plain cargo works too, with no environment variable set: .cargo/config.toml says where libtorch is.
+
+CARGO ?= cargo
+PYTHON ?= python3
+CONTENT ?= assets/pictures/content_astronaut.png
+STYLE ?= assets/pictures/style_harvest.png
+
+# `doc-only` does without libtorch, so nothing that is linked can be built with it; `download-libtorch` adds no code.
+FEATURE_SETS = "--no-default-features" "" "--features hub"
+
+.DEFAULT_GOAL := help
+.PHONY: help libtorch demo test lint doc bench fixtures clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+libtorch: ## install libtorch into .libtorch, unless LIBTORCH names one of your own
+	@PYTHON='$(PYTHON)' tools/libtorch.sh
+
+demo: libtorch ## style transfer with the bundled model; CONTENT=FILE and STYLE=FILE choose other pictures
+	@mkdir -p out
+	@$(CARGO) run --release --example style_transfer -- --content '$(CONTENT)' --style '$(STYLE)' \
+		--size 256x256 \
+		--output out/style_transfer.png --sheet out/style_transfer_sheet.png
+
+test: libtorch ## the whole test suite
+	$(CARGO) test --features hub
+
+lint: libtorch ## format and clippy, every feature set
+	$(CARGO) fmt --check
+	@for features in $(FEATURE_SETS); do \
+		echo "$(CARGO) clippy --all-targets $$features -- -D warnings"; \
+		$(CARGO) clippy --all-targets $$features -- -D warnings || exit 1; \
+	done
+	$(CARGO) clippy --lib --features hub,doc-only -- -D warnings
+
+doc: libtorch ## the documentation, with and without the optional parts
+	@for features in $(FEATURE_SETS); do \
+		echo "$(CARGO) doc --no-deps $$features"; \
+		RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps $$features || exit 1; \
+	done
+
+bench: libtorch ## the benchmarks
+	$(CARGO) bench
+
+fixtures: ## write tests/fixtures anew; PYTHON needs the packages of tools/reference/requirements.txt
+	$(PYTHON) tests/fixtures/make_fixtures.py
+
+clean: ## remove what was built and drawn; .libtorch stays
+	$(CARGO) clean
+	rm -rf out
