@@ -92,11 +92,18 @@ fn open_library() -> std::result::Result<(), String> {
                 std::mem::forget(library);
                 return Ok(());
             }
-            Err(error) => reasons.push(error.to_string()),
+            Err(error) => reasons.push(with_causes(&error)),
         }
     }
     // The last attempt names the very file beside libtorch_cpu, so its reason says most.
     Err(reasons.pop().unwrap_or_else(|| "no libtorch_cuda.so".into()))
+}
+
+/// The loader's own words, which name what is missing, are the cause of libloading's.
+#[cfg(unix)]
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 #[cfg(not(unix))]

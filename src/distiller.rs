@@ -1,6 +1,7 @@
 //! The paper's optimisation: style transfer, appearance transfer and texture synthesis.
 
 use crate::optimizer::{copy, copy_state, state_on, OptimizerState};
+use crate::soundness::Soundness;
 use crate::{AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Optimizer, Progress, References, Result, TotalLoss};
 use tch::{Kind, Tensor};
 
@@ -32,8 +33,7 @@ pub struct Distiller<D: Denoiser, O = Adam> {
     pub latents: Tensor,
     /// Steps done.
     pub step: usize,
-    /// On a GPU: 0 while all is sound, else the first step (from 1) that was not.
-    unsound: Option<Tensor>,
+    soundness: Soundness,
 }
 
 impl<D: Denoiser, O: std::fmt::Debug> std::fmt::Debug for Distiller<D, O> {
@@ -54,7 +54,7 @@ impl<D: Denoiser> Distiller<D> {
     /// With the AD loss alone and Adam, one iteration per timestep. From noise this is texture synthesis.
     pub fn new(extractor: FeatureExtractor<D>, timesteps: Vec<f64>, references: References, latents: Tensor) -> Self {
         let (loss, optimizer) = (TotalLoss::default().plus(1.0, AdLoss::default()), Adam::default());
-        Self { extractor, timesteps, references, loss, optimizer, iterations: 1, latents, step: 0, unsound: None }
+        Self { extractor, timesteps, references, loss, optimizer, iterations: 1, latents, step: 0, soundness: Soundness::default() }
     }
 
     /// `L_AD + content_weight L_content`, starting from the content's latents: the higher the weight (0 to 1), the more
@@ -78,8 +78,8 @@ impl<D: Denoiser> Distiller<D> {
 impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// The same run with another optimizer.
     pub fn with_optimizer<P: Optimizer>(self, optimizer: P) -> Distiller<D, P> {
-        let Self { extractor, timesteps, references, loss, optimizer: _, iterations, latents, step, unsound } = self;
-        Distiller { extractor, timesteps, references, loss, optimizer, iterations, latents, step, unsound }
+        let Self { extractor, timesteps, references, loss, optimizer: _, iterations, latents, step, soundness } = self;
+        Distiller { extractor, timesteps, references, loss, optimizer, iterations, latents, step, soundness }
     }
 
     /// The next timestep; none after the last. Costs a forward pass per reference, and per iteration one forward and
@@ -126,29 +126,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         for _ in 1..self.iterations {
             loss = self.extractor.descend(&mut latents, timestep, references, &self.loss, &mut self.optimizer)?;
         }
-        let sound = latents.f_isfinite()?.f_all()?;
-        if latents.device().is_cuda() {
-            // Asking would make the CPU wait: the answer stays on the device, and what is unsound is not taken over.
-            let step = i64::try_from(self.step).unwrap_or(i64::MAX).saturating_add(1);
-            let earlier = match self.unsound.take() {
-                Some(earlier) => earlier,
-                None => Tensor::f_zeros([], (Kind::Int64, latents.device()))?,
-            };
-            let healthy = earlier.f_eq(0)?;
-            let now = sound.f_logical_not()?.f_to_kind(Kind::Int64)?.f_mul_scalar(step)?;
-            let unsound = earlier.f_where_self(&healthy.f_logical_not()?, &now)?;
-            self.latents = latents.f_where_self(&unsound.f_eq(0)?, &self.latents)?;
-            self.unsound = Some(unsound);
-        } else {
-            let at = |what| Error::NotFinite { what, step: self.step + 1, timestep };
-            if !loss.f_double_value(&[])?.is_finite() {
-                return Err(at("loss"));
-            }
-            if sound.f_int64_value(&[])? == 0 {
-                return Err(at("latents"));
-            }
-            self.latents = latents;
-        }
+        self.latents = self.soundness.judge(&self.latents, latents, &loss, self.step + 1, timestep)?;
         Ok(loss)
     }
 
@@ -158,13 +136,8 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// # Errors
     /// [`Error::NotFinite`]: the run is then back at the step before, with a fresh optimizer.
     pub fn check(&mut self) -> Result<()> {
-        let Some(unsound) = &self.unsound else { return Ok(()) };
-        let step = usize::try_from(unsound.f_int64_value(&[])?).unwrap_or(0);
-        if step == 0 {
-            return Ok(());
-        }
-        self.unsound = None;
-        self.step = step - 1;
+        let Some(step) = self.soundness.first_unsound()? else { return Ok(()) };
+        self.step = step.saturating_sub(1);
         self.optimizer.reset();
         let timestep = self.timesteps.get(self.step).copied().unwrap_or(f64::NAN);
         Err(Error::NotFinite { what: "latents", step, timestep })
@@ -206,7 +179,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         let device = self.latents.device();
         let latents = copy(&checkpoint.latents.f_to_device(device)?.f_to_kind(Kind::Float)?)?;
         self.optimizer.load_state(&state_on(&checkpoint.optimizer, device)?)?;
-        (self.latents, self.step, self.unsound) = (latents, checkpoint.step, None);
+        (self.latents, self.step, self.soundness) = (latents, checkpoint.step, Soundness::default());
         Ok(())
     }
 }

@@ -94,6 +94,7 @@ mod progress;
 mod reference;
 mod scheduler;
 mod settings;
+mod soundness;
 mod tensor_file;
 
 pub mod device;

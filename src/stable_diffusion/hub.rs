@@ -87,8 +87,8 @@ impl Hub {
     ///
     /// # Errors
     /// [`Error::Hub`] for a name that no repository can have, one that is not there, is gated, is no model that
-    /// [`StableDiffusion::open`](crate::StableDiffusion::open) could read, and for failures of network and disk. What has arrived until then is kept:
-    /// the next call goes on from there.
+    /// [`StableDiffusion::open`](crate::StableDiffusion::open) could read, and for failures of network and disk. What has
+    /// arrived until then is kept: the next call goes on from there.
     pub fn fetch(&self, repo: &str, progress: &mut dyn FnMut(&Download)) -> Result<PathBuf> {
         self.snapshot(repo, progress).map_err(|reason| Error::Hub { repo: repo.to_owned(), reason })
     }
@@ -144,6 +144,9 @@ impl Hub {
         }
         let mut builder = ApiBuilder::from_cache(Cache::new(cache.to_owned())).with_token(token).with_progress(false);
         if let Some(url) = endpoint {
+            if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
+                return Err(format!("`{url}` is not the address of a server, as https://huggingface.co is; see HF_ENDPOINT"));
+            }
             builder = builder.with_endpoint(url.trim_end_matches('/').to_owned());
         }
         builder.build().map_err(why)

@@ -1,0 +1,115 @@
+//! What a GPU computes is what the CPU computes. Where there is no GPU these tests say so and pass.
+#![cfg(feature = "stable-diffusion")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
+
+use attention_distillation::{device, image, AdLoss, ContentLoss, Distiller, Error, References, StableDiffusion, TotalLoss};
+use std::{io::Write, path::PathBuf};
+use tch::{Device, Kind, Tensor};
+
+fn gpu(test: &str) -> Option<Device> {
+    tch::set_num_threads(1);
+    match device::parse("cuda") {
+        Ok(device) => Some(device),
+        Err(reason) => {
+            // Not `eprintln!`, which is shown for failed tests only.
+            writeln!(std::io::stderr(), "skipped: {test} needs a GPU: {reason}").unwrap();
+            None
+        }
+    }
+}
+
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+fn pictures(side: i64) -> (Tensor, Tensor) {
+    let load = |name: &str| image::resize(&image::load(folder("assets/pictures").join(name)).unwrap(), (side, side)).unwrap();
+    (load("content_astronaut.png"), load("style_harvest.png"))
+}
+
+fn relative(ours: &Tensor, theirs: &Tensor) -> f64 {
+    let (ours, theirs) = (ours.to_device(Device::Cpu).to_kind(Kind::Double), theirs.to_device(Device::Cpu).to_kind(Kind::Double));
+    (&ours - &theirs).norm().double_value(&[]) / theirs.norm().double_value(&[])
+}
+
+/// Loss and gradient of one step of a transfer, with latents from the CPU.
+fn gradient(name: &str, device: Device, kind: Kind) -> (Tensor, Tensor) {
+    let (content, style) = pictures(64);
+    let cpu = StableDiffusion::open(folder(name), Device::Cpu, Kind::Float).unwrap();
+    let [content, style] = [content, style].map(|picture| cpu.encode(&picture).unwrap().to_device(device));
+    let model = StableDiffusion::open(folder(name), device, kind).unwrap();
+    let extractor = model.extractor((64, 64)).unwrap();
+    let references = extractor.references(&References::style(style.shallow_clone()).with_content(content.shallow_clone()), 501.0).unwrap();
+    let loss = TotalLoss::default().plus(1.0, AdLoss::default()).plus(0.25, ContentLoss);
+    // Between the two, so that neither loss is at its kink.
+    let latents = content.lerp(&style, 0.3);
+    extractor.gradient(&latents, 501.0, &references, &loss).unwrap()
+}
+
+/// TF32 and other orders of summation cost 1e-3 in f32; bf16 has 8 bits, f16 11, and the gradient of a mean absolute
+/// difference is a sum of signs, which flip where the two sides are nearly equal.
+#[test]
+fn gradients_agree_with_the_cpu() {
+    let Some(device) = gpu("gradients_agree_with_the_cpu") else { return };
+    for name in ["tests/fixtures/sd15", "assets/mini"] {
+        let (loss, wanted) = gradient(name, Device::Cpu, Kind::Float);
+        for (kind, of_loss, of_gradient) in [(Kind::Float, 1e-3, 2e-2), (Kind::Half, 1e-2, 0.1), (Kind::BFloat16, 3e-2, 0.4)] {
+            let (ours, found) = gradient(name, device, kind);
+            let (loss, gradient) = (relative(&ours, &loss), relative(&found, &wanted));
+            println!("{name} {kind:?}: loss {loss:.1e}, gradient {gradient:.1e}");
+            assert!(loss < of_loss && gradient < of_gradient, "{name} {kind:?}: loss {loss}, gradient {gradient}");
+        }
+    }
+}
+
+/// Half precisions on the CPU, where every machine can look: the same bounds as above.
+#[test]
+fn half_precisions_agree_with_f32_on_the_cpu() {
+    tch::set_num_threads(1);
+    let (loss, wanted) = gradient("tests/fixtures/sd15", Device::Cpu, Kind::Float);
+    for (kind, of_loss, of_gradient) in [(Kind::Half, 1e-2, 0.1), (Kind::BFloat16, 3e-2, 0.4)] {
+        let (ours, found) = gradient("tests/fixtures/sd15", Device::Cpu, kind);
+        let (loss, gradient) = (relative(&ours, &loss), relative(&found, &wanted));
+        println!("CPU {kind:?}: loss {loss:.1e}, gradient {gradient:.1e}");
+        assert!(loss < of_loss && gradient < of_gradient, "{kind:?}: loss {loss}, gradient {gradient}");
+        assert_eq!(found.kind(), Kind::Float);
+    }
+}
+
+#[test]
+fn a_run_ends_in_the_same_picture() {
+    let Some(device) = gpu("a_run_ends_in_the_same_picture") else { return };
+    let (content, style) = pictures(64);
+    let picture = |device: Device| {
+        let model = StableDiffusion::open(folder("assets/mini"), device, Kind::Float).unwrap();
+        let references = References::style(model.encode(&style).unwrap()).with_content(model.encode(&content).unwrap());
+        let run = Distiller::style_transfer(model.extractor((64, 64)).unwrap(), model.timesteps(8).unwrap(), references, 0.2).unwrap();
+        model.decode(&run.finish().unwrap()).unwrap().to_device(Device::Cpu)
+    };
+    let levels = (picture(device) - picture(Device::Cpu)).abs().mean(Kind::Float).double_value(&[]) * 255.0;
+    // Adam turns rounding into steps where gradients are near 0: two CPU runs on one and two threads differ by 0.6.
+    assert!(levels < 4.0, "{levels} grey levels on average");
+}
+
+/// On a GPU the answer waits until the last step; the run then stands before the step at fault.
+#[test]
+fn not_a_number_is_told_at_the_end() {
+    let Some(device) = gpu("not_a_number_is_told_at_the_end") else { return };
+    let (content, style) = pictures(64);
+    let model = StableDiffusion::open(folder("assets/mini"), device, Kind::Float).unwrap();
+    let references = References::style(model.encode(&style).unwrap()).with_content(model.encode(&content).unwrap());
+    let mut run = Distiller::style_transfer(model.extractor((64, 64)).unwrap(), model.timesteps(5).unwrap(), references, 0.2).unwrap();
+    run.advance().unwrap();
+    run.advance().unwrap();
+    run.references.styles[0].of = run.references.styles[0].of.zeros_like() / 0.0;
+    let error = loop {
+        match run.advance() {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the run ended without an error"),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::NotFinite { step: 3, .. }), "{error}");
+    assert_eq!(run.step, 2);
+    assert!(bool::try_from(run.latents.isfinite().all()).unwrap());
+}
