@@ -68,7 +68,7 @@ impl<D: Denoiser> Distiller<D> {
         if !(content_weight.is_finite() && content_weight >= 0.0) {
             return Err(Error::argument("content weight", format!("{content_weight} is not a number of at least 0")));
         }
-        let start = copy(content)?;
+        let start = copy(&content.f_to_kind(Kind::Float)?)?;
         let mut run = Self::new(extractor, timesteps, references, start);
         run.loss = run.loss.plus(content_weight, ContentLoss);
         Ok(run)

@@ -150,10 +150,9 @@ impl Error {
     pub fn is_out_of_memory(&self) -> bool {
         match self {
             Self::Torch(error) => says_out_of_memory(&error.to_string()),
-            Self::Denoiser(error) => match error.downcast_ref::<Self>() {
-                Some(ours) => ours.is_out_of_memory(),
-                None => says_out_of_memory(&error.to_string()),
-            },
+            // The cause may lie deeper than the error that the network gave.
+            Self::Denoiser(error) => std::iter::successors(Some(error.as_ref() as &(dyn std::error::Error + 'static)), |e| e.source())
+                .any(|e| e.downcast_ref::<Self>().is_some_and(Self::is_out_of_memory) || says_out_of_memory(&e.to_string())),
             _ => false,
         }
     }

@@ -58,9 +58,13 @@ impl<D: Denoiser> FeatureExtractor<D> {
             let scale = if half { HALF_LOSS_SCALE } else { 1.0 };
             let value = loss.evaluate(&features, references)?;
             drop(features);
+            let independent = || Error::argument("loss", "does not depend on the latents");
+            if !value.requires_grad() {
+                return Err(independent());
+            }
             let scaled = if half { value.f_mul_scalar(scale)? } else { value.shallow_clone() };
             let gradients = Tensor::f_run_backward(&[&scaled], &[&leaf], false, false)?;
-            let gradient = gradients.into_iter().next().ok_or_else(|| Error::argument("loss", "does not depend on the latents"))?;
+            let gradient = gradients.into_iter().next().filter(Tensor::defined).ok_or_else(independent)?;
             let gradient = if half { gradient.f_div_scalar(scale)? } else { gradient };
             Ok((value.f_detach()?, gradient))
         })

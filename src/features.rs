@@ -93,6 +93,9 @@ impl Features {
     /// # Errors
     /// A range outside of the batch.
     pub fn narrow(&self, batch: Range<i64>) -> Result<Self> {
+        if batch.start < 0 || batch.end < batch.start {
+            return Err(Error::argument("batch", format!("{}..{} is no range of it", batch.start, batch.end)));
+        }
         self.try_map(|t| Ok(t.f_narrow(0, batch.start, batch.end - batch.start)?))
     }
 
@@ -146,20 +149,20 @@ impl<H> FeatureRecorder<H> {
 
 impl<H: AttentionHook> AttentionHook for FeatureRecorder<H> {
     fn attend(&mut self, site: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
-        if site.kind == AttentionKind::SelfAttention {
-            self.network = self.network.max(site.index.saturating_add(1));
-        }
-        let wanted = site.kind == AttentionKind::SelfAttention && self.layers.contains(&site.index) && !self.is_complete();
-        if !wanted {
+        if site.kind != AttentionKind::SelfAttention || self.is_complete() {
             return self.inner.attend(site, qkv);
         }
         // A foreign network that counts wrongly would otherwise pass for a complete record.
-        let due = self.layers.start + self.features.len();
-        if site.index != due {
-            return Err(Error::argument(
-                "attention site",
-                format!("layer {} came where layer {due} was due; number the layers in execution order", site.index),
-            ));
+        let due = self.layers.start.saturating_add(self.features.len());
+        let (again, skipped) = (site.index < self.network, site.index > due && self.network <= due);
+        if again || skipped {
+            let expected = if again { self.network } else { due };
+            let reason = format!("layer {} came where layer {expected} was due; number the layers in execution order", site.index);
+            return Err(Error::argument("attention site", reason));
+        }
+        self.network = site.index.saturating_add(1);
+        if !self.layers.contains(&site.index) {
+            return self.inner.attend(site, qkv);
         }
         let (_, _, tokens, _) = qkv.query.size4()?;
         if tokens != site.tokens() {

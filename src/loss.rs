@@ -93,7 +93,7 @@ impl Loss for ContentLoss {
         same_layers("content", picture, content)?;
         sum(picture.layers().zip(content.layers()).map(|(ours, theirs)| {
             let (ours_grid, theirs_grid) = (ours.query.size(), theirs.query.size());
-            if ours_grid.get(1..) != theirs_grid.get(1..) {
+            if ours_grid.get(1..) != theirs_grid.get(1..) || ours.site.grid != theirs.site.grid {
                 return Err(Error::shape(
                     "content",
                     format!("the picture's own size (queries {ours_grid:?} in layer {})", ours.site.index),

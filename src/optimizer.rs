@@ -157,7 +157,11 @@ impl Optimizer for Adam {
         if steps.numel() != 1 {
             return Err(Error::shape("optimizer state `steps`", "one number", steps.size()));
         }
-        self.steps = steps.f_int64_value(&[0])?;
+        let steps = steps.f_view([1])?.f_int64_value(&[0])?;
+        if steps < 1 {
+            return Err(Error::argument("optimizer state `steps`", format!("{steps} is not at least 1")));
+        }
+        self.steps = steps;
         self.moments = Some(Moments { mean, variance });
         Ok(())
     }
@@ -185,7 +189,10 @@ impl Optimizer for GradientDescent {
         Ok(vec![])
     }
 
-    fn load_state(&mut self, _: &[(String, Tensor)]) -> Result<()> {
+    fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()> {
+        if let Some((name, _)) = state.first() {
+            return Err(Error::argument("optimizer state", format!("has `{name}`; gradient descent has none")));
+        }
         Ok(())
     }
 }

@@ -14,10 +14,12 @@ use tch::Tensor;
 pub fn load(path: impl AsRef<Path>) -> Result<Tensor> {
     let path = path.as_ref();
     let bad = |reason: String| Error::Image { path: path.to_owned(), reason };
+    if std::fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0) {
+        return Err(bad("the file is empty".into()));
+    }
     let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format).map_err(Error::io(path))?;
     if reader.format().is_none() {
-        let empty = std::fs::metadata(path).is_ok_and(|file| file.len() == 0);
-        return Err(bad(if empty { "the file is empty".into() } else { "is not a picture of a known format; use PNG or JPEG".into() }));
+        return Err(bad("is not a picture of a known format; use PNG or JPEG".into()));
     }
     let mut decoder = reader.into_decoder().map_err(|error| bad(unreadable(&error)))?;
     let (width, height) = decoder.dimensions();

@@ -121,7 +121,13 @@ impl Ddim {
                 format!("{steps} steps with offset {} reach beyond the schedule's {total} timesteps", config.steps_offset),
             ));
         }
+        if let Some(limit) = config.clip_sample.filter(|limit| !(limit.is_finite() && *limit > 0.0)) {
+            return Err(Error::argument("clip_sample", format!("{limit} is not a positive number")));
+        }
         let alphas = alphas(config)?;
+        if alphas.iter().any(|a| !a.is_finite()) {
+            return Err(Error::argument("betas", "lead to no number"));
+        }
         let final_alpha = if config.set_alpha_to_one { 1.0 } else { alphas.first().copied().unwrap_or(1.0) };
         Ok(Self { timesteps, alphas, final_alpha, stride: total / steps, prediction: config.prediction, clip_sample: config.clip_sample })
     }
@@ -185,7 +191,7 @@ fn timesteps(config: &DdimConfig, steps: usize) -> Vec<f64> {
     match config.spacing {
         Spacing::Leading => {
             let stride = config.train_timesteps / steps;
-            (0..steps).rev().map(|i| (i * stride + config.steps_offset) as f64).collect()
+            (0..steps).rev().map(|i| (i * stride) as f64 + config.steps_offset as f64).collect()
         }
         Spacing::Trailing => {
             let stride = total / steps as f64;

@@ -1,0 +1,104 @@
+//! The losses alone, on random features of the shapes that the method meets. An element is a query token: all tokens of
+//! the six layers count, whatever their heads and widths.
+#![allow(clippy::disallowed_methods, missing_docs)]
+
+mod common;
+
+use attention_distillation::tch::{self, Device, Kind, Tensor};
+use attention_distillation::{
+    AdLoss, AttentionHook, AttentionSite, ContentLoss, Denoiser, Features, LayerFeatures, Loss, PlainAttention, Qkv, References, Result, Style,
+};
+use common::{device_and_kind, finished};
+use criterion::{criterion_group, criterion_main, Criterion, Throughput};
+
+/// Side of the token grid, heads, width of a head; each shape stands for three layers.
+type Shape = (i64, i64, i64);
+
+/// The last six self-attention layers.
+const MODELS: [(&str, [Shape; 2]); 2] = [("bundled model, 256 px", [(32, 2, 40), (64, 1, 48)]), ("SD 1.5, 512 px", [(32, 8, 80), (64, 8, 40)])];
+
+/// Stands for a network: its attention layers have the shapes of a true one's, and nothing lies between them.
+struct Layers {
+    shapes: [Shape; 2],
+    options: (Kind, Device),
+}
+
+impl Denoiser for Layers {
+    type Condition = ();
+
+    fn forward(&self, latents: &Tensor, _: f64, (): &(), hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        let layers = self.shapes.iter().flat_map(|shape| [shape; 3]);
+        for (index, &(side, heads, width)) in layers.enumerate() {
+            let random = || Tensor::randn([1, heads, side * side, width], self.options);
+            let _ = hook.attend(&AttentionSite::self_attention(index, (side, side)), Qkv::new(random(), random(), random()))?;
+        }
+        Ok(latents.shallow_clone())
+    }
+}
+
+impl Layers {
+    fn features(&self) -> Features {
+        tch::no_grad(|| Features::extract(self, &Tensor::zeros([1], self.options), 0.0, &(), 0..6)).unwrap()
+    }
+}
+
+/// Forward without a graph, as a progress display would ask; then with the gradient by the features that the loss looks at.
+fn bench(c: &mut Criterion, name: &str, layers: &Layers, loss: &dyn Loss, of: fn(&LayerFeatures) -> &Tensor) {
+    let (_, device) = layers.options;
+    let references = References::styles([Style::new(layers.features())]).with_content(layers.features());
+    let picture = layers.features();
+    // Leaves, so that the backward pass ends where the network's would begin.
+    let leaves = picture.try_map(|feature| Ok(feature.detach().set_requires_grad(true))).unwrap();
+    let inputs: Vec<&Tensor> = leaves.layers().map(of).collect();
+    let tokens: i64 = picture.layers().map(|layer| layer.site.tokens()).sum();
+
+    let mut group = c.benchmark_group(name);
+    group.throughput(Throughput::Elements(tokens as u64));
+    group.bench_function("forward", |b| {
+        b.iter(|| finished(device, || tch::no_grad(|| loss.evaluate(&picture, &references).unwrap())));
+    });
+    group.bench_function("forward and backward", |b| {
+        b.iter(|| finished(device, || Tensor::run_backward(&[loss.evaluate(&leaves, &references).unwrap()], &inputs, false, false)));
+    });
+    group.finish();
+}
+
+fn losses(c: &mut Criterion) {
+    let (device, kind) = device_and_kind();
+    tch::manual_seed(0);
+    for (model, shapes) in MODELS {
+        let layers = Layers { shapes, options: (kind, device) };
+        bench(c, &format!("AD loss, {model}"), &layers, &AdLoss::default(), |layer| &layer.output);
+        bench(c, &format!("content loss, {model}"), &layers, &ContentLoss, |layer| &layer.query);
+        own_attention(c, model, &layers);
+    }
+}
+
+/// The picture's own attention, for scale: the network computes it anyway, and the gradient of the AD loss goes back
+/// through it.
+fn own_attention(c: &mut Criterion, model: &str, layers: &Layers) {
+    let (_, device) = layers.options;
+    let leaves = layers.features().try_map(|feature| Ok(feature.detach().set_requires_grad(true))).unwrap();
+    let inputs: Vec<&Tensor> = leaves.layers().flat_map(|layer| [&layer.query, &layer.key, &layer.value]).collect();
+    let tokens: i64 = leaves.layers().map(|layer| layer.site.tokens()).sum();
+    let attend = || {
+        let attended = leaves.layers().map(|layer| {
+            let qkv = Qkv::new(layer.query.shallow_clone(), layer.key.shallow_clone(), layer.value.shallow_clone());
+            PlainAttention.attend(&layer.site, qkv).unwrap().mean(Kind::Float)
+        });
+        attended.collect::<Vec<_>>()
+    };
+
+    let mut group = c.benchmark_group(format!("own attention, {model}"));
+    group.throughput(Throughput::Elements(tokens as u64));
+    group.bench_function("forward", |b| b.iter(|| finished(device, || tch::no_grad(attend))));
+    group.bench_function("forward and backward", |b| b.iter(|| finished(device, || Tensor::run_backward(&attend(), &inputs, false, false))));
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = common::criterion();
+    targets = losses
+}
+criterion_main!(benches);

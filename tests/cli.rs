@@ -1,0 +1,487 @@
+//! The example program `style_transfer` from its command line, on a tiny model: what it writes, prints and refuses.
+#![cfg(feature = "stable-diffusion")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
+
+mod model_copy;
+
+use attention_distillation::{device, image};
+use model_copy::ModelCopy;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use tch::{Device, Kind, Tensor};
+
+/// `cargo test` builds the examples beside the tests.
+fn program() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let name = format!("style_transfer{}", std::env::consts::EXE_SUFFIX);
+    let program = test.parent().unwrap().parent().unwrap().join("examples").join(name);
+    assert!(program.is_file(), "{} is missing; run `cargo build --example style_transfer` with the test's own flags", program.display());
+    program
+}
+
+/// A folder with small pictures, and the program run in it.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        tch::set_num_threads(1);
+        let folder = tempfile::tempdir().unwrap();
+        let place = Self { folder };
+        for (name, height, width, seed) in [("content.png", 48, 40, 1), ("style.png", 32, 64, 2), ("other.png", 48, 48, 3)] {
+            place.picture(name, height, width, seed);
+        }
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Waves of colour.
+    fn picture(&self, name: &str, height: i64, width: i64, seed: i64) {
+        let axis = |length: i64, speed: f64| (Tensor::arange(length, (Kind::Float, Device::Cpu)) * speed).sin();
+        let wave = |i: i64| {
+            let (y, x) = (axis(height, 0.1 * (seed + i) as f64).view([-1, 1]), axis(width, 0.07 * (seed * i + 1) as f64).view([1, -1]));
+            (y * 0.25 + x * 0.25) + 0.5
+        };
+        image::save(&Tensor::stack(&[wave(1), wave(2), wave(3)], 0).unsqueeze(0), self.path(name)).unwrap();
+    }
+
+    /// All files with their bytes.
+    fn files(&self) -> BTreeMap<String, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        for entry in fs::read_dir(self.folder.path()).unwrap() {
+            let entry = entry.unwrap();
+            let bytes = if entry.file_type().unwrap().is_file() { fs::read(entry.path()).unwrap() } else { vec![] };
+            files.insert(entry.file_name().into_string().unwrap(), bytes);
+        }
+        files
+    }
+
+    fn command(&self, model: &Path, flags: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command.current_dir(self.folder.path()).env("OMP_NUM_THREADS", "1").env("OMP_WAIT_POLICY", "passive");
+        command.arg("--model").arg(model).args(flags).stdin(Stdio::null());
+        command
+    }
+
+    fn run_with(&self, model: &Path, flags: &[&str]) -> Output {
+        self.command(model, flags).output().unwrap()
+    }
+
+    fn run(&self, flags: &[&str]) -> Output {
+        self.run_with(&tiny(), flags)
+    }
+
+    /// A run on the CPU that must succeed: the picture it writes.
+    #[track_caller]
+    fn draw(&self, flags: &[&str], output: &str) -> Tensor {
+        let before = self.files();
+        let outcome = self.run(&[flags, &["--output", output, "--device", "cpu"]].concat());
+        finished(&outcome, output);
+        let mut after = self.files();
+        after.retain(|name, _| !before.contains_key(name) && name != output && name != "sheet.png" && name != "sheet.jpg");
+        assert!(after.is_empty(), "left behind: {:?}", after.keys());
+        image::load(self.path(output)).unwrap()
+    }
+
+    /// A run that must fail: its one line, which has all of the words in it. Nothing is written.
+    #[track_caller]
+    fn refused_with(&self, model: &Path, flags: &[&str], words: &[&str]) -> String {
+        let before = self.files();
+        let outcome = self.run_with(model, flags);
+        let (stdout, stderr) = texts(&outcome);
+        assert_eq!(outcome.status.code(), Some(1), "{flags:?}: {stdout}{stderr}");
+        assert_eq!(stdout, "", "{flags:?}");
+        let lines: Vec<_> = stderr.lines().collect();
+        let [line] = lines.as_slice() else { panic!("{flags:?}: one line expected: {stderr}") };
+        assert!(line.starts_with("error: ") && line.len() < 1000, "{flags:?}: {line}");
+        for word in words {
+            assert!(line.contains(word), "{flags:?}: does not say `{word}`: {line}");
+        }
+        assert!(before == self.files(), "{flags:?}: something was written: {:?}", self.files().keys());
+        line.to_string()
+    }
+
+    #[track_caller]
+    fn refused(&self, flags: &[&str], words: &[&str]) -> String {
+        self.refused_with(&tiny(), flags, words)
+    }
+
+    /// Wrong arguments, which clap refuses: status 2, and the flag by its name.
+    #[track_caller]
+    fn misused(&self, flags: &[&str], words: &[&str]) {
+        let before = self.files();
+        let outcome = self.run(flags);
+        let (stdout, stderr) = texts(&outcome);
+        assert_eq!(outcome.status.code(), Some(2), "{flags:?}: {stdout}{stderr}");
+        assert_eq!(stdout, "", "{flags:?}");
+        assert!(stderr.starts_with("error: "), "{flags:?}: {stderr}");
+        for word in words {
+            assert!(stderr.contains(word), "{flags:?}: does not say `{word}`: {stderr}");
+        }
+        assert!(before == self.files(), "{flags:?}: something was written");
+    }
+}
+
+fn tiny() -> PathBuf {
+    model_copy::fixtures().join("sd15")
+}
+
+fn texts(outcome: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (text(&outcome.stdout), text(&outcome.stderr))
+}
+
+#[track_caller]
+fn finished(outcome: &Output, path: &str) {
+    let (stdout, stderr) = texts(outcome);
+    assert_eq!(outcome.status.code(), Some(0), "{stdout}{stderr}");
+    assert_eq!(stdout.lines().last(), Some(path), "{stdout}");
+    assert!(!stderr.contains("error") && !stderr.contains("WARN") && !stderr.contains("panicked"), "{stderr}");
+}
+
+/// `(height, width)`.
+fn size(picture: &Tensor) -> (i64, i64) {
+    image::size(picture).unwrap()
+}
+
+fn differ(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).abs().max().double_value(&[])
+}
+
+const QUICK: [&str; 6] = ["--content", "content.png", "--style", "style.png", "--steps", "2"];
+
+// ---- what it does
+
+#[test]
+fn writes_a_picture_and_prints_its_path_last() {
+    let place = Place::new();
+    let outcome = place.run(&[&QUICK[..], &["--device", "cpu", "--output", "a.png"]].concat());
+    finished(&outcome, "a.png");
+    let (_, stderr) = texts(&outcome);
+    assert!(stderr.lines().any(|line| line.starts_with("step 1/2 loss ")), "{stderr}");
+    assert!(stderr.lines().any(|line| line.starts_with("step 2/2 loss ")), "{stderr}");
+    assert!(fs::read(place.path("a.png")).unwrap().starts_with(b"\x89PNG"));
+    // The content's own size.
+    assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (48, 40));
+    // An absolute path is printed as it was given, and an older file is replaced.
+    let path = place.path("b.png");
+    fs::write(&path, "older").unwrap();
+    let outcome = place.run(&[&QUICK[..], &["--device", "cpu", "--output", path.to_str().unwrap()]].concat());
+    finished(&outcome, path.to_str().unwrap());
+    assert_eq!(place.files()["b.png"], place.files()["a.png"]);
+}
+
+#[test]
+fn writes_to_out_png_by_itself() {
+    let place = Place::new();
+    finished(&place.run(&[&QUICK[..], &["--device", "cpu"]].concat()), "out.png");
+    assert!(place.files().contains_key("out.png"));
+}
+
+#[test]
+fn sizes() {
+    let place = Place::new();
+    let draw = |flags: &[&str], output: &str| size(&place.draw(&[&QUICK[..], flags].concat(), output));
+    assert_eq!(draw(&["--size", "64x32"], "wide.png"), (32, 64));
+    assert_eq!(draw(&["--size", "32X64"], "tall.png"), (64, 32));
+    assert_eq!(draw(&["--size", "39x47"], "rounded.png"), (40, 32));
+    assert_eq!(draw(&["--size", "8x8"], "least.png"), (8, 8));
+    // The content's, rounded down.
+    place.picture("odd.png", 35, 53, 4);
+    assert_eq!(size(&place.draw(&["--content", "odd.png", "--style", "style.png", "--steps", "1"], "odd_out.png")), (32, 48));
+    // The model's.
+    assert_eq!(size(&place.draw(&["--style", "style.png", "--steps", "1"], "square.png")), (64, 64));
+}
+
+#[test]
+fn sheets_and_jpeg() {
+    let place = Place::new();
+    let flags = [&QUICK[..], &["--style", "other.png", "--size", "64x48"]].concat();
+    let picture = place.draw(&[&flags[..], &["--sheet", "sheet.png"]].concat(), "a.png");
+    let sheet = image::load(place.path("sheet.png")).unwrap();
+    // Content, two styles (of about the output's area, and its height in the sheet), result, with 8 pixels between each two.
+    assert_eq!(size(&picture), (48, 64));
+    let (height, width) = size(&sheet);
+    assert_eq!(height, 48);
+    assert!(width > 64 + 64 + 2 * 40 + 3 * 8, "{width}");
+    let last = sheet.narrow(3, width - 64, 64);
+    assert_eq!(differ(&last, &picture), 0.0, "the result stands last");
+    assert_eq!(sheet.narrow(3, 64, 8).min().double_value(&[]), 1.0, "white after the content");
+
+    let jpeg = place.draw(&[&flags[..], &["--sheet", "sheet.jpg"]].concat(), "a.jpg");
+    assert!(fs::read(place.path("a.jpg")).unwrap().starts_with(&[0xff, 0xd8, 0xff]));
+    assert!(fs::read(place.path("sheet.jpg")).unwrap().starts_with(&[0xff, 0xd8, 0xff]));
+    let upper = place.draw(&flags, "a.JPEG");
+    assert_eq!(size(&jpeg), (48, 64));
+    assert_eq!(differ(&jpeg, &upper), 0.0);
+    assert!((jpeg - picture).abs().mean(Kind::Float).double_value(&[]) < 0.05, "JPEG loses little");
+}
+
+#[test]
+fn the_same_run_twice() {
+    let place = Place::new();
+    for (content, name) in [(true, "content"), (false, "noise")] {
+        let flags = if content { &QUICK[..] } else { &["--style", "style.png", "--steps", "2", "--size", "32x32"] };
+        let [a, b, c] = ["a", "b", "c"].map(|run| format!("{name}_{run}.png"));
+        drop(place.draw(flags, &a));
+        drop(place.draw(&[flags, &["--seed", "42"]].concat(), &b));
+        drop(place.draw(&[flags, &["--seed", "43"]].concat(), &c));
+        let files = place.files();
+        assert!(files[&a] == files[&b], "{name}: the same seed, another picture");
+        if !content {
+            assert!(files[&a] != files[&c], "another seed, the same noise");
+        }
+    }
+}
+
+#[test]
+fn flags_have_their_effect() {
+    let place = Place::new();
+    let flags = [&QUICK[..], &["--size", "32x32"]].concat();
+    let plain = place.draw(&flags, "plain.png");
+    for (name, same, more) in [
+        // The last six of sixteen.
+        ("layers_same", true, ["--layers", "10..16"].as_slice()),
+        ("iterations_same", true, &["--iterations", "1"]),
+        ("lr_same", true, &["--lr", "0.05"]),
+        ("weight_same", true, &["--content-weight", "0.25"]),
+        ("dtype_same", true, &["--dtype", "f32"]),
+        ("method_same", true, &["--method", "optimise"]),
+        ("preview_same", true, &["--preview", "1"]),
+        ("layers", false, &["--layers", "0..3"]),
+        ("iterations", false, &["--iterations", "3"]),
+        ("lr", false, &["--lr", "0.5"]),
+        ("styles", false, &["--style", "other.png", "--lr", "0.5"]),
+        ("dtype", false, &["--dtype", "bf16", "--lr", "0.5"]),
+    ] {
+        let picture = place.draw(&[&flags[..], more].concat(), &format!("{name}.png"));
+        assert_eq!(differ(&picture, &plain) == 0.0, same, "{more:?}");
+    }
+    // Several styles are more than the first or the last of them.
+    let draw = |styles: &[&str], name: &str| {
+        let styles: Vec<&str> = styles.iter().flat_map(|style| ["--style", style]).collect();
+        place.draw(&[&["--content", "content.png", "--steps", "3", "--lr", "0.5", "--size", "32x32"], &styles[..]].concat(), name)
+    };
+    let (first, second) = (draw(&["style.png"], "first.png"), draw(&["other.png"], "second.png"));
+    let both = draw(&["style.png", "other.png"], "both.png");
+    assert!(differ(&first, &second) > 0.0 && differ(&both, &first) > 0.0 && differ(&both, &second) > 0.0);
+    // The content loss keeps it nearer to the content.
+    let weight = |weight: &str| {
+        let flags = ["--content", "content.png", "--style", "style.png", "--steps", "4", "--lr", "0.3", "--content-weight", weight];
+        place.draw(&flags, &format!("weight_{weight}.png"))
+    };
+    assert!(differ(&weight("0"), &weight("100")) > 0.0);
+}
+
+#[test]
+fn a_folders_own_settings_hold() {
+    let place = Place::new();
+    let copy = ModelCopy::new();
+    copy.write("attention_distillation.json", r#"{ "steps": 3, "size": [48, 32], "layers": [12, 16] }"#);
+    let outcome = place.run_with(copy.folder(), &["--style", "style.png", "--output", "a.png", "--device", "cpu"]);
+    finished(&outcome, "a.png");
+    assert!(texts(&outcome).1.contains("step 3/3"));
+    assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (32, 48));
+    // Flags overrule them.
+    let flags = ["--style", "style.png", "--output", "b.png", "--device", "cpu", "--steps", "1", "--size", "16x16"];
+    let outcome = place.run_with(copy.folder(), &flags);
+    finished(&outcome, "b.png");
+    assert!(texts(&outcome).1.contains("step 1/1"));
+    assert_eq!(size(&image::load(place.path("b.png")).unwrap()), (16, 16));
+}
+
+/// Ctrl-C after the first line of progress; by then previews have been written, each of them whole.
+#[cfg(unix)]
+#[test]
+fn ctrl_c_writes_what_there_is() {
+    let place = Place::new();
+    let flags = ["--content", "content.png", "--style", "style.png", "--steps", "400", "--preview", "3", "--output", "a.png", "--device", "cpu"];
+    let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("step ") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
+    }
+    assert!(line.starts_with("step 40/400 loss "), "{line}");
+    let preview = image::load(place.path("a.png")).unwrap();
+    assert_eq!(size(&preview), (48, 40));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let mut rest = String::new();
+    stderr.read_to_string(&mut rest).unwrap();
+    let mut stdout = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{rest}");
+    assert_eq!(stdout.lines().last(), Some("a.png"));
+    let stopped = rest.lines().find_map(|line| line.strip_prefix("stopped after step ")?.strip_suffix(" of 400"));
+    let stopped: usize = stopped.unwrap_or_else(|| panic!("it does not say that it was stopped: {rest}")).parse().unwrap();
+    assert!((40..400).contains(&stopped), "{stopped}");
+    assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (48, 40));
+    assert!(place.files().keys().all(|name| !name.contains(".part")));
+}
+
+/// A loss that is not finite ends the run with its step named, and without a picture.
+#[test]
+fn a_run_that_explodes() {
+    let place = Place::new();
+    for lr in ["1e38", "1e300"] {
+        let outcome = place.run(&[&QUICK[..4], &["--steps", "5", "--lr", lr, "--output", "a.png", "--device", "cpu"]].concat());
+        let (stdout, stderr) = texts(&outcome);
+        assert_eq!(outcome.status.code(), Some(1), "{stderr}");
+        assert_eq!(stdout, "");
+        let (last, progress) = stderr.lines().collect::<Vec<_>>().split_last().map(|(last, rest)| (last.to_string(), rest.join("\n"))).unwrap();
+        assert!(last.starts_with("error: ") && last.contains("NaN in step ") && last.contains("learning rate"), "{stderr}");
+        assert!(progress.lines().all(|line| line.starts_with("step ")), "{stderr}");
+        assert!(place.files().keys().all(|name| name != "a.png" && !name.contains(".part")));
+    }
+}
+
+// ---- what it refuses
+
+#[test]
+fn pictures() {
+    let place = Place::new();
+    fs::write(place.path("empty.png"), "").unwrap();
+    fs::write(place.path("text.png"), "This is no picture.").unwrap();
+    let whole = fs::read(place.path("content.png")).unwrap();
+    fs::write(place.path("cut.png"), &whole[..whole.len() / 2]).unwrap();
+    fs::create_dir(place.path("folder.png")).unwrap();
+    for (bad, word) in [
+        ("missing.png", "No such file"),
+        ("empty.png", "empty"),
+        ("text.png", "as a picture"),
+        ("cut.png", "picture"),
+        ("folder.png", ""),
+        ("no/such/folder.png", "No such file"),
+    ] {
+        place.refused(&["--content", bad, "--style", "style.png", "--steps", "1"], &[bad, word]);
+        place.refused(&["--content", "content.png", "--style", "style.png", "--style", bad, "--steps", "1"], &[bad, word]);
+    }
+    // Sound, but smaller than one latent.
+    place.picture("thin.png", 4, 64, 1);
+    place.refused(&["--content", "thin.png", "--style", "style.png", "--steps", "1"], &["size", "64x4", "8x8"]);
+}
+
+#[test]
+fn models() {
+    let place = Place::new();
+    let refuse = |model: &Path, words: &[&str]| place.refused_with(model, &QUICK, words);
+    refuse(&place.path("no-such-model"), &["no-such-model", "no such folder"]);
+    fs::create_dir(place.path("empty")).unwrap();
+    refuse(&place.path("empty"), &["empty", "unet", "diffusers"]);
+    refuse(&place.path("style.png"), &["style.png"]);
+
+    let copy = ModelCopy::new();
+    copy.write("unet/config.json", "[".repeat(100_000));
+    refuse(copy.folder(), &["unet/config.json", "not JSON"]);
+    copy.restore("unet/config.json");
+    let weights = copy.read(model_copy::VAE);
+    copy.write(model_copy::VAE, &weights[..weights.len() / 2]);
+    refuse(copy.folder(), &[model_copy::VAE, "truncated"]);
+    copy.restore(model_copy::VAE);
+    copy.write("attention_distillation.json", r#"{ "steps": 0 }"#);
+    refuse(copy.folder(), &["attention_distillation.json", "steps"]);
+    copy.remove("attention_distillation.json");
+    fs::create_dir(copy.path("text_encoder_2")).unwrap();
+    refuse(copy.folder(), &["SDXL"]);
+}
+
+#[test]
+fn outputs() {
+    let place = Place::new();
+    fs::create_dir(place.path("folder.png")).unwrap();
+    for flag in ["--output", "--sheet"] {
+        for (bad, word) in [
+            ("no/such/folder/out.png", "does not exist"),
+            ("out.gif", "gif"),
+            ("out.webp", ".png or .jpg"),
+            ("out", ".png or .jpg"),
+            (".png", ".png or .jpg"),
+            ("folder.png", "folder"),
+            ("style.png/out.png", "style.png"),
+        ] {
+            place.refused(&[&QUICK[..], &[flag, bad]].concat(), &[bad, word]);
+        }
+    }
+}
+
+#[test]
+fn settings() {
+    let place = Place::new();
+    let refuse = |more: &[&str], words: &[&str]| {
+        place.refused(&[&QUICK[..4], more].concat(), words);
+    };
+    refuse(&["--size", "0x0"], &["size", "0x0"]);
+    refuse(&["--size", "64x0"], &["size", "64x0"]);
+    refuse(&["--size", "99999x99999"], &["size", "99999x99999", "too large"]);
+    refuse(&["--size", "9223372036854775807x9223372036854775807"], &["size", "too large"]);
+    refuse(&["--size", "7x7"], &["size", "7x7", "8x8"]);
+    refuse(&["--steps", "0"], &["steps", "0"]);
+    refuse(&["--steps", "1001"], &["steps", "1001", "1000"]);
+    refuse(&["--steps", "18446744073709551615"], &["steps", "18446744073709551615"]);
+    refuse(&["--iterations", "0"], &["iterations", "0"]);
+    for number in ["NaN", "inf", "-0.5", "1e999"] {
+        refuse(&["--lr", number], &["learning rate", "at least 0"]);
+        refuse(&["--content-weight", number], &["content weight", "at least 0"]);
+    }
+    refuse(&["--lr=-inf"], &["learning rate", "-inf"]);
+    refuse(&["--layers", "5..3"], &["layers", "5..3"]);
+    refuse(&["--layers", "3..3"], &["layers", "3..3"]);
+    refuse(&["--layers", "0..999", "--steps", "2"], &["layers", "0..999", "16"]);
+    refuse(&["--layers", "16..17", "--steps", "2"], &["layers", "16..17", "16"]);
+    refuse(&["--dtype", "f64"], &["dtype", "f64", "bf16"]);
+    refuse(&["--dtype", ""], &["dtype", "f32"]);
+    refuse(&["--device", "foo"], &["device", "foo", "cuda:N"]);
+    refuse(&["--device", "cuda:x"], &["device", "cuda:x"]);
+    refuse(&["--method", "sample"], &["method", "sample", "optimise"]);
+}
+
+#[test]
+fn cuda_where_there_is_none() {
+    let place = Place::new();
+    match device::parse("cuda") {
+        Ok(_) => {
+            eprintln!("partly skipped: there is a GPU here");
+            place.refused(&[&QUICK[..], &["--device", "cuda:4095"]].concat(), &["device", "cuda:4095"]);
+        }
+        Err(_) => {
+            for name in ["cuda", "cuda:0", "cuda:1"] {
+                let line = place.refused(&[&QUICK[..], &["--device", name]].concat(), &["device", name]);
+                assert!(line.contains("--device cpu") || line.contains("driver"), "what to do: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_arguments() {
+    let place = Place::new();
+    let misuse = |more: &[&str], words: &[&str]| place.misused(&[&QUICK[..4], more].concat(), words);
+    for bad in ["abc", "64", "64x", "64x64x64", "64.5x64"] {
+        misuse(&["--size", bad], &["--size", "512x384"]);
+    }
+    for bad in ["abc", "3", "3..", "3..=9", "-1..3"] {
+        misuse(&[&format!("--layers={bad}")], &["--layers", "10..16"]);
+    }
+    for flag in ["--steps", "--iterations", "--preview", "--seed"] {
+        misuse(&[flag, "1.5"], &[flag, "1.5"]);
+    }
+    misuse(&["--steps=-1"], &["--steps", "-1"]);
+    misuse(&["--preview", "0"], &["--preview", "0"]);
+    misuse(&["--preview=-1"], &["--preview", "-1"]);
+    misuse(&["--lr", "fast"], &["--lr", "fast"]);
+    misuse(&["--method", "other"], &["--method", "optimise", "sample"]);
+    misuse(&["--unheard-of"], &["--unheard-of"]);
+    misuse(&["--content", "content.png"], &["--content"]);
+    misuse(&["--output", ""], &["--output"]);
+    misuse(&["stray"], &["stray"]);
+    place.misused(&["--content", "content.png"], &["--style"]);
+    place.misused(&["--content", "content.png", "--style"], &["--style"]);
+}

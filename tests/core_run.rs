@@ -1,0 +1,693 @@
+//! Whole runs on a small network: what they do, what they cost, and how they end.
+#![allow(clippy::disallowed_methods, missing_docs)]
+
+mod toy;
+
+use attention_distillation::{
+    AdLoss, Adam, AdamConfig, BetaSchedule, Checkpoint, ContentLoss, Ddim, DdimConfig, Distiller, Error, FeatureExtractor, Features, GradientDescent,
+    Optimizer, Progress, References, Result, Scheduler, Spacing, Style, TotalLoss,
+};
+use tch::{Device, Kind, Tensor};
+use toy::{assert_same, difference, extractor, latents, number, Toy, Trouble};
+
+fn times(steps: usize) -> Vec<f64> {
+    (0..steps).rev().map(|i| 1.0 + (1000 / steps * i) as f64).collect()
+}
+
+fn references() -> References {
+    References::style(latents(9, 8, 8)).with_content(latents(8, 6, 8))
+}
+
+fn transfer(toy: &Toy, steps: usize) -> Distiller<&Toy> {
+    Distiller::style_transfer(extractor(toy), times(steps), references(), 0.25).unwrap()
+}
+
+/// All that a run's error must leave alone.
+fn state(run: &Distiller<&Toy, impl Optimizer>) -> (usize, Tensor, Vec<(String, Tensor)>) {
+    let optimizer = run.optimizer.state().unwrap().into_iter().map(|(name, tensor)| (name, tensor.copy()));
+    (run.step, run.latents.copy(), optimizer.collect())
+}
+
+#[track_caller]
+fn assert_untouched(run: &Distiller<&Toy, impl Optimizer>, before: &(usize, Tensor, Vec<(String, Tensor)>)) {
+    let now = state(run);
+    assert_eq!(now.0, before.0, "step");
+    assert_same(&now.1, &before.1);
+    assert_eq!(now.2.len(), before.2.len(), "optimizer");
+    for ((name, x), (other, y)) in now.2.iter().zip(&before.2) {
+        assert_eq!(name, other);
+        assert_same(x, y);
+    }
+}
+
+fn losses(run: &mut Distiller<&Toy, impl Optimizer>) -> Vec<f64> {
+    let mut all = vec![];
+    while let Some(progress) = run.advance().unwrap() {
+        all.push(progress.loss().unwrap().unwrap());
+    }
+    all
+}
+
+#[test]
+fn a_run_lowers_the_loss() {
+    tch::set_num_threads(1);
+    for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+        let toy = Toy::new(kind);
+        let mut run = transfer(&toy, 50);
+        assert_same(&run.latents, &latents(8, 6, 8));
+        let found = losses(&mut run);
+        assert_eq!((found.len(), run.step), (50, 50));
+        assert!(found[49] < 0.8 * found[0], "{kind:?}: {} to {}", found[0], found[49]);
+        assert_eq!((run.latents.kind(), run.latents.requires_grad()), (Kind::Float, false));
+        assert!(run.advance().unwrap().is_none(), "it stays finished");
+    }
+}
+
+#[test]
+fn texture_starts_from_noise_and_leaves_it_to_its_owner() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let start = latents(5, 8, 6);
+    let mut run = Distiller::new(extractor(&toy), times(40), References::style(latents(9, 8, 8)), start.shallow_clone());
+    let found = losses(&mut run);
+    assert!(found[39] < 0.8 * found[0], "{} to {}", found[0], found[39]);
+    assert_same(&start, &latents(5, 8, 6));
+    assert!(difference(&run.latents, &start) > 0.1);
+    let given = references();
+    let mut run = Distiller::style_transfer(extractor(&toy), times(3), given, 0.25).unwrap();
+    losses(&mut run);
+    assert_same(run.references.content.as_ref().unwrap(), &latents(8, 6, 8));
+}
+
+#[test]
+fn progress_says_where_the_run_is() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let mut run = transfer(&toy, 3);
+    for (step, timestep) in [(1, 667.0), (2, 334.0), (3, 1.0)] {
+        let before = run.latents.copy();
+        let progress: Progress = run.advance().unwrap().unwrap();
+        assert_eq!((progress.step, progress.steps, progress.timestep, run.step), (step, 3, timestep, step));
+        // The loss is that of the latents before the step.
+        let features = run.extractor.references(&run.references, timestep).unwrap();
+        let (loss, _) = run.extractor.gradient(&before, timestep, &features, &run.loss).unwrap();
+        assert_eq!(progress.loss().unwrap(), Some(number(&loss)));
+    }
+}
+
+#[test]
+fn the_first_step_is_one_step_of_adam_on_the_gradient() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let mut run = transfer(&toy, 10);
+    run.advance().unwrap();
+    let ex = extractor(&toy);
+    let features = ex.references(&references(), 901.0).unwrap();
+    let total = TotalLoss::default().plus(1.0, AdLoss::default()).plus(0.25, ContentLoss);
+    let mut z = latents(8, 6, 8);
+    let (_, gradient) = ex.gradient(&z, 901.0, &features, &total).unwrap();
+    Adam::new(AdamConfig::with_learning_rate(0.05)).step(&mut z, &gradient).unwrap();
+    assert_same(&run.latents, &z);
+}
+
+#[test]
+fn a_step_costs_what_it_must_and_no_more() {
+    tch::set_num_threads(1);
+    for (iterations, styles) in [(1, 1), (3, 1), (2, 3)] {
+        let mut toy = Toy::trainable(Kind::Float);
+        let mut run = transfer(&toy, 4);
+        run.iterations = iterations;
+        run.references = References::styles((0..styles).map(|i| Style::new(latents(20 + i, 4, 4)))).with_content(latents(8, 6, 8));
+        for step in 1..=4 {
+            run.advance().unwrap();
+            assert_eq!(toy.forwards.get(), step * (styles as usize + 1 + iterations));
+        }
+        assert!(run.advance().unwrap().is_none());
+        assert_eq!(toy.forwards.get(), 4 * (styles as usize + 1 + iterations), "nothing more to do costs nothing");
+        assert_eq!(toy.deepest.get(), 4, "layers 2 and 3 are wanted: no pass enters layer 4");
+        drop(run);
+        assert!(!toy.weights_have_gradients(), "not even where they ask for one");
+    }
+}
+
+#[test]
+fn kept_features_of_references_give_the_same_run_without_their_passes() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let expected = transfer(&toy, 5).finish().unwrap();
+    let mut run = transfer(&toy, 5);
+    let kept: Vec<References<Features>> = times(5).into_iter().map(|t| run.extractor.references(&run.references, t).unwrap()).collect();
+    let before = toy.forwards.get();
+    for features in &kept {
+        assert!(run.advance_towards(features).unwrap().is_some());
+    }
+    assert!(run.advance_towards(&kept[0]).unwrap().is_none());
+    assert_eq!(toy.forwards.get() - before, 5);
+    assert_same(&run.latents, &expected);
+}
+
+#[test]
+fn a_saved_run_goes_on_to_the_same_picture() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("run.safetensors");
+    let toy = Toy::new(Kind::Float);
+    let make = || {
+        let mut run = transfer(&toy, 20);
+        run.iterations = 2;
+        run
+    };
+    let expected = make().finish().unwrap();
+    for stop in [0, 1, 8, 20] {
+        let mut run = make();
+        for _ in 0..stop {
+            run.advance().unwrap();
+        }
+        let checkpoint = run.checkpoint().unwrap();
+        // It holds storage of its own: the run may go on.
+        while run.advance().unwrap().is_some() {}
+        checkpoint.save(&file).unwrap();
+        let loaded = Checkpoint::load(&file).unwrap();
+        assert_eq!((loaded.step, loaded.steps), (stop, 20));
+        // In a process of its own nothing is left of the network's counters, and nothing of another optimizer's past.
+        let other = Toy::new(Kind::Float);
+        let mut next = Distiller::style_transfer(extractor(&other), times(20), references(), 0.25).unwrap();
+        next.iterations = 2;
+        next.advance().unwrap();
+        next.resume(&loaded).unwrap();
+        assert_eq!(next.step, stop);
+        assert_same(&next.finish().unwrap(), &expected);
+    }
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["run.safetensors"], "no temporary file is left");
+}
+
+#[test]
+fn resuming_without_a_file_shares_nothing() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let mut run = transfer(&toy, 6);
+    run.advance().unwrap();
+    let checkpoint = run.checkpoint().unwrap();
+    let mut ends = vec![];
+    for _ in 0..2 {
+        let mut next = transfer(&toy, 6);
+        next.resume(&checkpoint).unwrap();
+        ends.push(next.finish().unwrap());
+    }
+    assert_same(&ends[0], &ends[1]);
+    assert_same(&ends[0], &run.finish().unwrap());
+}
+
+#[test]
+fn an_error_leaves_the_run_at_its_last_finished_step() {
+    tch::set_num_threads(1);
+    let undisturbed = {
+        let toy = Toy::new(Kind::Float);
+        let mut run = transfer(&toy, 6);
+        run.iterations = 3;
+        run.finish().unwrap()
+    };
+    // A step is two passes of references and three of the picture: each may fail, in the first step and later.
+    for trouble in [Trouble::Memory, Trouble::Broken] {
+        for at in 1..=15 {
+            let toy = Toy::new(Kind::Float);
+            let mut run = transfer(&toy, 6);
+            run.iterations = 3;
+            toy.fail_at(at, trouble);
+            let mut before = state(&run);
+            let error = loop {
+                match run.advance() {
+                    Ok(_) => before = state(&run),
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!(run.step, (at - 1) / 5, "the pass {at} is of this step");
+            assert!(matches!(error, Error::Denoiser(_)), "{error}");
+            assert_eq!(error.is_out_of_memory(), trouble == Trouble::Memory);
+            assert_untouched(&run, &before);
+            // The same call again, to the same picture.
+            assert_same(&run.finish().unwrap(), &undisturbed);
+        }
+    }
+}
+
+#[test]
+fn a_run_may_be_saved_after_an_error() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("run.safetensors");
+    let toy = Toy::new(Kind::Float);
+    let expected = transfer(&toy, 6).finish().unwrap();
+    let mut run = transfer(&toy, 6);
+    toy.fail_at(9, Trouble::Memory); // the third step's last pass
+    while run.advance().is_ok() {}
+    run.checkpoint().unwrap().save(&file).unwrap();
+    let mut next = transfer(&toy, 6);
+    next.resume(&Checkpoint::load(&file).unwrap()).unwrap();
+    assert_eq!(next.step, 2);
+    assert_same(&next.finish().unwrap(), &expected);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_the_run_and_names_the_step() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let expected = transfer(&toy, 5).finish().unwrap();
+    for iterations in [1, 2] {
+        let mut run = transfer(&toy, 5);
+        toy.nan_at.set(Some(401.0));
+        run.advance().unwrap();
+        run.advance().unwrap();
+        let before = state(&run);
+        run.iterations = iterations;
+        let error = run.advance().unwrap_err();
+        assert!(matches!(error, Error::NotFinite { what: "loss", step: 3, timestep } if timestep == 401.0), "{error}");
+        assert!(error.to_string().contains("loss") && error.to_string().contains("step 3 (timestep 401)"), "{error}");
+        assert_untouched(&run, &before);
+        toy.nan_at.set(None);
+        run.iterations = 1;
+        assert_same(&run.finish().unwrap(), &expected);
+    }
+}
+
+#[test]
+fn latents_that_are_not_finite_end_the_run_and_name_the_step() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let expected = transfer(&toy, 5).finish().unwrap();
+    let mut run = transfer(&toy, 5);
+    run.advance().unwrap();
+    let before = state(&run);
+    // A number, but not one of f32: the loss is sound, the step is not.
+    run.optimizer.config.learning_rate = 1e300;
+    let error = run.advance().unwrap_err();
+    assert!(matches!(error, Error::NotFinite { what: "latents", step: 2, .. }), "{error}");
+    assert!(error.to_string().contains("step 2 (timestep 601)"), "{error}");
+    assert_untouched(&run, &before);
+    run.optimizer.config.learning_rate = 0.05;
+    assert_same(&run.finish().unwrap(), &expected);
+    // Latents that were so from the beginning.
+    let mut run = transfer(&toy, 5);
+    run.latents = &run.latents * f64::NAN;
+    assert!(matches!(run.advance(), Err(Error::NotFinite { step: 1, .. })));
+    // And references.
+    let mut run = transfer(&toy, 5);
+    run.references.styles[0].of = latents(9, 8, 8) * f64::INFINITY;
+    assert!(matches!(run.advance(), Err(Error::NotFinite { what: "loss", step: 1, timestep }) if timestep == 801.0));
+}
+
+#[test]
+fn the_last_step_is_looked_at_too() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let mut run = transfer(&toy, 2);
+    run.advance().unwrap();
+    run.optimizer.config.learning_rate = 1e300;
+    assert!(matches!(run.advance(), Err(Error::NotFinite { what: "latents", step: 2, .. })));
+    assert_eq!(run.step, 1);
+    run.check().unwrap();
+}
+
+#[test]
+fn bad_settings_are_refused_and_the_run_stays() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let expected = transfer(&toy, 4).finish().unwrap();
+    type Spoil = fn(&mut Distiller<&Toy>);
+    let spoiled: [(&str, Spoil); 9] = [
+        ("iterations", |run| run.iterations = 0),
+        ("learning rate", |run| run.optimizer.config.learning_rate = f64::NAN),
+        ("learning rate", |run| run.optimizer.config.learning_rate = -0.05),
+        ("beta1", |run| run.optimizer.config.beta1 = 1.0),
+        ("timestep", |run| run.timesteps[1] = f64::NAN),
+        ("timestep", |run| run.timesteps[1] = f64::INFINITY),
+        ("only 5", |run| run.extractor.layers = 3..6),
+        ("layers", |run| run.extractor.layers = 3..3),
+        ("weight", |run| run.loss = TotalLoss::default().plus(f64::NAN, AdLoss::default())),
+    ];
+    for (word, spoil) in spoiled {
+        let mut run = transfer(&toy, 4);
+        run.advance().unwrap();
+        let before = state(&run);
+        spoil(&mut run);
+        let error = run.advance().unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+        assert_untouched(&run, &before);
+        // Put right, it goes on.
+        let sound = transfer(&toy, 4);
+        (run.iterations, run.optimizer.config, run.timesteps, run.extractor, run.loss) =
+            (1, sound.optimizer.config, sound.timesteps, sound.extractor, sound.loss);
+        assert_same(&run.finish().unwrap(), &expected);
+    }
+}
+
+#[test]
+fn style_transfer_needs_a_content_and_a_sound_weight() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let make = |references, weight| Distiller::style_transfer(extractor(&toy), times(2), references, weight);
+    assert!(matches!(make(References::style(latents(9, 8, 8)), 0.25), Err(Error::Argument { argument: "references", .. })));
+    for weight in [f64::NAN, -0.25, f64::INFINITY] {
+        assert!(matches!(make(references(), weight), Err(Error::Argument { argument: "content weight", .. })), "{weight}");
+    }
+    // 0 is the AD loss alone.
+    let alone = Distiller::new(extractor(&toy), times(2), references(), latents(8, 6, 8));
+    assert_same(&make(references(), 0.0).unwrap().finish().unwrap(), &alone.finish().unwrap());
+    // Without any style there is nothing to do.
+    let none = References::styles([]).with_content(latents(8, 6, 8));
+    assert!(make(none, 0.25).unwrap().finish().is_err());
+}
+
+#[test]
+fn references_and_latents_that_do_not_fit_are_refused() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let attempt = |change: &dyn Fn(&mut Distiller<&Toy>)| {
+        let mut run = transfer(&toy, 3);
+        change(&mut run);
+        let before = state(&run);
+        let error = run.advance().unwrap_err();
+        assert_untouched(&run, &before);
+        error
+    };
+    let error = attempt(&|run| run.references.content = Some(latents(8, 8, 8)));
+    assert!(matches!(error, Error::Shape { name: "content", .. }), "{error}");
+    attempt(&|run| run.references.styles[0].of = Tensor::zeros([1, 4, 8], tch::kind::FLOAT_CPU));
+    attempt(&|run| run.latents = Tensor::zeros([4, 6, 8], tch::kind::FLOAT_CPU));
+    // Three styles for two pictures.
+    attempt(&|run| {
+        run.latents = Tensor::cat(&[latents(1, 6, 8), latents(2, 6, 8)], 0);
+        run.references.styles[0].of = Tensor::cat(&[latents(1, 6, 8), latents(2, 6, 8), latents(3, 6, 8)], 0);
+    });
+    // The memory of a picture of another size.
+    attempt(&|run| {
+        run.advance().unwrap();
+        run.latents = latents(1, 4, 4);
+        run.references.content = Some(latents(2, 4, 4));
+    });
+}
+
+#[test]
+fn latents_of_half_precision_are_optimised_in_f32() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let half = References::style(latents(9, 8, 8).to_kind(Kind::Half)).with_content(latents(8, 6, 8).to_kind(Kind::Half));
+    let mut run = Distiller::style_transfer(extractor(&toy), times(20), half, 0.25).unwrap();
+    assert_eq!(run.latents.kind(), Kind::Float, "`latents` says f32");
+    let found = losses(&mut run);
+    assert!(found[19] < found[0]);
+}
+
+#[test]
+fn a_batch_is_its_pictures() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let starts = [latents(1, 6, 8), latents(2, 6, 8)];
+    let make = |z: Tensor| Distiller::new(extractor(&toy), times(8), references(), z);
+    let batch = || Tensor::cat(&starts, 0);
+    let parts = |z: Tensor| [z.narrow(0, 0, 1), z.narrow(0, 1, 1)];
+
+    // The loss is a mean over the batch, so gradients are half of those of a picture alone: twice the rate makes up for
+    // it in gradient descent. Left are roundings, as a batch goes through other matrix kernels (none measured here).
+    let together = make(batch()).with_optimizer(GradientDescent { learning_rate: 1.0 }).finish().unwrap();
+    for (ours, start) in parts(together).iter().zip(&starts) {
+        let alone = make(start.shallow_clone()).with_optimizer(GradientDescent { learning_rate: 0.5 }).finish().unwrap();
+        let (off, moved) = (number(&(ours - &alone).norm()), number(&(&alone - start).norm()));
+        assert!(moved > 0.5 && off < 1e-4 * moved, "{off} of {moved}");
+    }
+    // Adam divides by the gradient's size, so that only epsilon, 1e-8 beside gradients from 1e-4, knows of the half;
+    // measured 8e-6 of the way.
+    let together = make(batch()).finish().unwrap();
+    for (ours, start) in parts(together).iter().zip(&starts) {
+        let alone = make(start.shallow_clone()).finish().unwrap();
+        let (off, moved) = (number(&(ours - &alone).norm()), number(&(&alone - start).norm()));
+        assert!(moved > 0.5 && off < 1e-3 * moved, "{off} of {moved}");
+    }
+}
+
+#[test]
+fn any_shape_and_any_number_of_styles_will_do() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    for (size, styles) in [((3, 11), vec![(8, 8)]), ((11, 3), vec![(4, 6), (9, 2)]), ((1, 1), vec![(1, 1), (7, 5), (2, 2)]), ((8, 8), vec![(1, 1)])] {
+        let styles = styles.iter().zip(30..).map(|(&(h, w), seed)| Style::new(latents(seed, h, w)));
+        let references = References::styles(styles).with_content(latents(40, size.0, size.1));
+        let mut run = Distiller::style_transfer(extractor(&toy), times(30), references, 0.1).unwrap();
+        let found = losses(&mut run);
+        assert_eq!(run.latents.size(), [1, 4, size.0, size.1]);
+        assert!(found[29] < found[0], "{size:?}: {} to {}", found[0], found[29]);
+    }
+    for layers in [0..1, 0..5, 4..5, 1..4] {
+        let mut run = transfer(&toy, 30);
+        run.extractor = FeatureExtractor::new(&toy, 1.0, layers.clone());
+        let found = losses(&mut run);
+        assert!(found[29] < found[0], "{layers:?}: {} to {}", found[0], found[29]);
+    }
+}
+
+#[test]
+fn gradient_descent_runs_and_resumes() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let make = || transfer(&toy, 30).with_optimizer(GradientDescent { learning_rate: 0.3 });
+    let mut run = make();
+    let found = losses(&mut run);
+    assert!(found[29] < found[0], "{} to {}", found[0], found[29]);
+    let mut half = make();
+    for _ in 0..11 {
+        half.advance().unwrap();
+    }
+    let checkpoint = half.checkpoint().unwrap();
+    assert!(checkpoint.optimizer.is_empty());
+    let mut next = make();
+    next.resume(&checkpoint).unwrap();
+    assert_same(&next.finish().unwrap(), &run.latents);
+    // Changing the optimizer keeps where the run is.
+    let (step, z) = (half.step, half.latents.copy());
+    let swapped = half.with_optimizer(Adam::default());
+    assert_eq!(swapped.step, step);
+    assert_same(&swapped.latents, &z);
+}
+
+#[test]
+fn a_checkpoint_of_another_run_is_refused_and_the_run_unchanged() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let advanced = |mut run: Distiller<&Toy>| {
+        run.advance().unwrap();
+        run.checkpoint().unwrap()
+    };
+    let own = || advanced(transfer(&toy, 4));
+    let mut others = vec![("number of steps", advanced(transfer(&toy, 5)))];
+    let content = References::style(latents(9, 8, 8)).with_content(latents(8, 8, 6));
+    others.push(("shape", advanced(Distiller::style_transfer(extractor(&toy), times(4), content, 0.25).unwrap())));
+    for (word, spoil) in [
+        ("step beyond the last", (|c| c.step = 5) as fn(&mut Checkpoint)),
+        ("another optimizer", |c| c.optimizer[0].0 = "momentum".into()),
+        ("half an optimizer", |c| c.optimizer.truncate(1)),
+    ] {
+        let mut checkpoint = own();
+        spoil(&mut checkpoint);
+        others.push((word, checkpoint));
+    }
+    for (what, other) in others {
+        let mut run = transfer(&toy, 4);
+        run.advance().unwrap();
+        run.advance().unwrap();
+        let before = state(&run);
+        assert!(run.resume(&other).is_err(), "{what}");
+        assert_untouched(&run, &before);
+        run.resume(&own()).unwrap();
+    }
+    // Adam's memory is nothing to gradient descent.
+    let mut run = transfer(&toy, 4).with_optimizer(GradientDescent { learning_rate: 1.0 });
+    let before = state(&run);
+    assert!(run.resume(&own()).is_err(), "another optimizer's");
+    assert_untouched(&run, &before);
+}
+
+#[test]
+fn a_damaged_checkpoint_file_is_an_error() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("run.safetensors");
+    let toy = Toy::new(Kind::Float);
+    let mut run = transfer(&toy, 3);
+    run.advance().unwrap();
+    run.checkpoint().unwrap().save(&file).unwrap();
+    let whole = std::fs::read(&file).unwrap();
+    let damaged = |bytes: &[u8]| {
+        let other = folder.path().join("damaged.safetensors");
+        std::fs::write(&other, bytes).unwrap();
+        let error = Checkpoint::load(&other).unwrap_err();
+        assert!(matches!(error, Error::Weights { .. }) && error.to_string().contains("damaged.safetensors"), "{error}");
+    };
+    for length in [0, 4, 8, 100, whole.len() / 2, whole.len() - 1] {
+        damaged(&whole[..length]);
+    }
+    damaged(&[0xff; 64]);
+    damaged(b"not a checkpoint, just a text that somebody wrote");
+    let mut longer = whole.clone();
+    longer[0] ^= 0x40;
+    damaged(&longer);
+    // A sound file of something else.
+    let other = folder.path().join("other.safetensors");
+    let one = |name: &str, tensor: Tensor| (name.to_owned(), tensor);
+    let z = || latents(1, 2, 2);
+    for tensors in [
+        vec![one("weight", z())],
+        vec![one("latents", z()), one("step", Tensor::from(1i64))],
+        vec![one("latents", z()), one("step", Tensor::from_slice(&[-1i64])), one("steps", Tensor::from_slice(&[3i64]))],
+        vec![one("latents", z()), one("step", Tensor::from_slice(&[1i64, 2])), one("steps", Tensor::from_slice(&[3i64]))],
+        vec![one("latents", z()), one("step", Tensor::from_slice(&[0.5f32])), one("steps", Tensor::from_slice(&[3i64]))],
+    ] {
+        Tensor::write_safetensors(&tensors, &other).unwrap();
+        let error = Checkpoint::load(&other).unwrap_err();
+        assert!(matches!(error, Error::Weights { .. }), "{error}");
+    }
+    assert!(matches!(Checkpoint::load(folder.path().join("none.safetensors")), Err(Error::Io { .. })));
+    assert!(matches!(Checkpoint::load(folder.path()), Err(Error::Io { .. })));
+    // An older file stays where the new one cannot be written.
+    let error = run.checkpoint().unwrap().save(folder.path().join("none/run.safetensors")).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }) && error.to_string().contains("none/run.safetensors"), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), whole);
+}
+
+#[test]
+fn no_timesteps_are_a_finished_run() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let mut run = Distiller::new(extractor(&toy), vec![], references(), latents(1, 4, 4));
+    assert!(run.advance().unwrap().is_none());
+    assert_eq!(toy.forwards.get(), 0);
+    assert_same(&run.finish().unwrap(), &latents(1, 4, 4));
+}
+
+#[test]
+fn everything_crosses_threads() {
+    tch::set_num_threads(1);
+    fn sendable<T: Send>() {}
+    fn shareable<T: Sync>() {}
+    sendable::<Distiller<Toy>>();
+    sendable::<Distiller<Toy, GradientDescent>>();
+    sendable::<FeatureExtractor<Toy>>();
+    sendable::<Features>();
+    sendable::<References>();
+    sendable::<References<Features>>();
+    sendable::<TotalLoss>();
+    sendable::<Adam>();
+    sendable::<Checkpoint>();
+    sendable::<Progress>();
+    sendable::<Ddim>();
+    sendable::<Error>();
+    shareable::<Error>();
+    // In practice, too: half of the steps there, half here.
+    let run = |toy| Distiller::style_transfer(FeatureExtractor::new(toy, 1.0, 2..4), times(4), references(), 0.25).unwrap();
+    let expected = run(Toy::new(Kind::Float)).finish().unwrap();
+    let mut moved = run(Toy::new(Kind::Float));
+    moved.advance().unwrap();
+    let there = std::thread::spawn(move || {
+        moved.advance().unwrap();
+        moved
+    });
+    assert_same(&there.join().unwrap().finish().unwrap(), &expected);
+}
+
+#[test]
+fn out_of_memory_is_told_from_other_errors() {
+    tch::set_num_threads(1);
+    // The real one: no machine has 2^50 numbers of memory.
+    let real = || Error::from(Tensor::f_zeros([1 << 25, 1 << 25], (Kind::Float, Device::Cpu)).unwrap_err());
+    assert!(real().is_out_of_memory(), "{}", real());
+    assert!(Error::denoiser(real()).is_out_of_memory(), "wrapped by a foreign network");
+    assert!(Error::denoiser(Error::denoiser(real())).is_out_of_memory(), "twice");
+    assert!(Error::denoiser("CUDA out of memory. Tried to allocate 2.00 GiB").is_out_of_memory());
+    // A foreign error that says where and leaves why to its source.
+    #[derive(Debug)]
+    struct Block(Error);
+    impl std::fmt::Display for Block {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "block 3 failed")
+        }
+    }
+    impl std::error::Error for Block {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            Some(&self.0)
+        }
+    }
+    assert!(Error::denoiser(Block(real())).is_out_of_memory(), "the source of a foreign error");
+    let shapes = Error::from(Tensor::zeros([2], tch::kind::FLOAT_CPU).f_add(&Tensor::zeros([3], tch::kind::FLOAT_CPU)).unwrap_err());
+    assert!(!shapes.to_string().contains("Exception raised from"), "libtorch's message without its stack: {shapes}");
+    for other in [shapes, Error::Stopped, Error::denoiser("a wire came loose"), Error::denoiser(Block(Error::Stopped))] {
+        assert!(!other.is_out_of_memory(), "{other}");
+    }
+}
+
+#[test]
+fn a_schedule_of_bad_settings_is_refused() {
+    tch::set_num_threads(1);
+    fn change(f: impl FnOnce(&mut DdimConfig)) -> DdimConfig {
+        let mut config = DdimConfig::default();
+        f(&mut config);
+        config
+    }
+    let refused = |config: &DdimConfig, steps: usize| {
+        let error = Ddim::new(config, steps).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::Argument { .. }), "{error}");
+        error.to_string()
+    };
+    for spacing in [Spacing::Leading, Spacing::Trailing, Spacing::Linspace] {
+        let config = change(|c| c.spacing = spacing);
+        for steps in [0, 1001, usize::MAX] {
+            assert!(refused(&config, steps).contains("steps"));
+        }
+        for steps in [1, 2, 7, 999] {
+            let schedule = Ddim::new(&config, steps).unwrap();
+            assert_eq!(schedule.timesteps().len(), steps);
+            assert!(schedule.timesteps().windows(2).all(|pair| pair[0] > pair[1]), "downwards");
+        }
+    }
+    for bad in [f64::NAN, f64::INFINITY, -0.1, 1.0] {
+        for schedule in [BetaSchedule::Linear, BetaSchedule::ScaledLinear] {
+            refused(&change(|c| (c.beta_end, c.beta_schedule) = (bad, schedule.clone())), 10);
+            refused(&change(|c| (c.beta_start, c.beta_schedule) = (bad, schedule)), 10);
+        }
+        refused(&change(|c| c.beta_schedule = BetaSchedule::Trained([vec![0.1; 999], vec![bad]].concat())), 10);
+    }
+    refused(&change(|c| c.beta_schedule = BetaSchedule::Trained(vec![0.1; 10])), 10);
+    refused(&change(|c| c.beta_schedule = BetaSchedule::Trained(vec![])), 10);
+    for timesteps in [0, usize::MAX] {
+        refused(&change(|c| c.train_timesteps = timesteps), 1);
+    }
+    for offset in [1000, usize::MAX] {
+        refused(&change(|c| c.steps_offset = offset), 10);
+    }
+    for limit in [f64::NAN, -1.0] {
+        refused(&change(|c| c.clip_sample = Some(limit)), 10);
+    }
+    // A schedule of one timestep has nothing to shift.
+    let short = change(|c| (c.train_timesteps, c.steps_offset, c.rescale_zero_snr) = (1, 0, true));
+    if let Ok(schedule) = Ddim::new(&short, 1) {
+        let z = schedule.add_noise(&latents(1, 2, 2), &latents(2, 2, 2), 0.0).unwrap();
+        assert!(difference(&z, &latents(1, 2, 2)).is_finite(), "taken up, it must work");
+    }
+}
+
+#[test]
+fn a_schedule_refuses_what_lies_beyond_it() {
+    tch::set_num_threads(1);
+    let schedule = Ddim::new(&DdimConfig::default(), 10).unwrap();
+    assert_eq!(schedule.timesteps()[0], 901.0);
+    let (z, e) = (latents(1, 2, 2), latents(2, 2, 2));
+    for timestep in [1000.0, 1e30, -1.0, -0.5, f64::NAN, f64::INFINITY] {
+        assert!(matches!(schedule.add_noise(&z, &e, timestep), Err(Error::Argument { argument: "timestep", .. })), "{timestep}");
+    }
+    for index in [10, usize::MAX] {
+        assert!(matches!(schedule.step(index, &e, &z), Err(Error::Argument { argument: "step", .. })), "{index}");
+    }
+    assert!(schedule.add_noise(&z, &latents(2, 3, 2), 500.0).is_err());
+    assert!(schedule.step(0, &latents(2, 3, 2), &z).is_err());
+    assert!(schedule.add_noise(&z, &e, 999.0).is_ok() && schedule.add_noise(&z, &e, 0.0).is_ok());
+    let _: Result<Tensor> = schedule.step(9, &e, &z).inspect(|next| assert!(difference(next, &z).is_finite()));
+}

@@ -1,0 +1,173 @@
+//! Settings and sizes outside of their range are refused before a run begins.
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
+
+use attention_distillation::{Error, Settings};
+
+/// `change` spoils sound settings: the error names the setting and its value.
+#[track_caller]
+fn refused(name: &str, value: &str, change: impl Fn(&mut Settings)) {
+    for mut settings in [Settings::style_transfer(), Settings::texture_synthesis()] {
+        change(&mut settings);
+        match settings.check() {
+            Err(Error::Argument { argument, reason }) => {
+                assert_eq!(argument, name);
+                assert!(reason.contains(value), "{name}: {reason}");
+                let message = Error::Argument { argument, reason }.to_string();
+                assert!(message.contains(name) && message.contains(value), "{message}");
+            }
+            other => panic!("{name} {value}: {other:?}"),
+        }
+    }
+}
+
+#[track_caller]
+fn accepted(change: impl Fn(&mut Settings)) {
+    for mut settings in [Settings::style_transfer(), Settings::texture_synthesis()] {
+        change(&mut settings);
+        settings.check().unwrap();
+    }
+}
+
+#[test]
+fn the_authors_settings_are_sound() {
+    accepted(|_| {});
+    let (transfer, texture) = (Settings::style_transfer(), Settings::texture_synthesis());
+    assert_eq!((transfer.steps, transfer.iterations, transfer.learning_rate, transfer.content_weight), (200, 1, 0.05, 0.25));
+    assert_eq!((transfer.layers, transfer.size), (None, None));
+    assert_eq!((texture.steps, texture.iterations, texture.learning_rate, texture.content_weight), (300, 1, 0.05, 0.0));
+}
+
+#[test]
+fn counts_of_zero() {
+    refused("steps", "0", |s| s.steps = 0);
+    refused("iterations", "0", |s| s.iterations = 0);
+    accepted(|s| (s.steps, s.iterations) = (1, 1));
+}
+
+#[test]
+fn numbers_that_are_none_or_negative() {
+    for (number, shown) in [(f64::NAN, "NaN"), (f64::INFINITY, "inf"), (f64::NEG_INFINITY, "-inf"), (-0.5, "-0.5"), (-1e-9, "-0.000000001")] {
+        refused("learning rate", shown, |s| s.learning_rate = number);
+        refused("content weight", shown, |s| s.content_weight = number);
+    }
+    accepted(|s| (s.learning_rate, s.content_weight) = (0.0, 0.0));
+    accepted(|s| (s.learning_rate, s.content_weight) = (10.0, 1.0));
+}
+
+#[test]
+#[allow(clippy::reversed_empty_ranges)]
+fn empty_layers() {
+    refused("layers", "3..3", |s| s.layers = Some(3..3));
+    refused("layers", "5..3", |s| s.layers = Some(5..3));
+    refused("layers", "0..0", |s| s.layers = Some(0..0));
+    accepted(|s| s.layers = Some(0..1));
+}
+
+#[test]
+fn empty_and_absurd_sizes() {
+    // Shown as width x height, the way flags are written.
+    refused("size", "64x0", |s| s.size = Some((0, 64)));
+    refused("size", "0x64", |s| s.size = Some((64, 0)));
+    refused("size", "64x-8", |s| s.size = Some((-8, 64)));
+    refused("size", "64x99999", |s| s.size = Some((99_999, 64)));
+    refused("size", "32768x32768", |s| s.size = Some((32_768, 32_768)));
+    refused("size", &format!("{}x{}", i64::MAX, i64::MAX), |s| s.size = Some((i64::MAX, i64::MAX)));
+    refused("size", &format!("{}x1", i64::MIN), |s| s.size = Some((1, i64::MIN)));
+    accepted(|s| s.size = Some((1, 1)));
+    accepted(|s| s.size = Some((16_384, 16_384)));
+}
+
+#[cfg(feature = "stable-diffusion")]
+mod fit {
+    use attention_distillation::{Error, StableDiffusion};
+    use std::path::PathBuf;
+    use std::time::{Duration, Instant};
+    use tch::{Device, Kind};
+
+    fn open(folder: &str) -> StableDiffusion {
+        tch::set_num_threads(1);
+        StableDiffusion::open(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder), Device::Cpu, Kind::Float).unwrap()
+    }
+
+    fn tiny() -> StableDiffusion {
+        open("tests/fixtures/sd15")
+    }
+
+    /// The error of a size `(height, width)`, which both `fit` and `noise` give.
+    #[track_caller]
+    fn refused(model: &StableDiffusion, (height, width): (i64, i64)) -> String {
+        let started = Instant::now();
+        let error = model.fit((height, width)).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "size", .. }), "{error:?}");
+        let message = error.to_string();
+        assert!(message.contains("size") && message.contains(&format!("{width}x{height}")), "{message}");
+        assert_eq!(model.noise(1, (height, width), 0).unwrap_err().to_string(), message);
+        assert!(started.elapsed() < Duration::from_secs(2), "{message}");
+        message
+    }
+
+    #[test]
+    fn rounds_down_to_what_the_network_takes() {
+        let model = tiny();
+        for ((height, width), fit) in [((64, 64), (64, 64)), ((71, 65), (64, 64)), ((8, 8), (8, 8)), ((15, 1000), (8, 1000)), ((33, 47), (32, 40))] {
+            assert_eq!(model.fit((height, width)).unwrap(), fit, "{height}, {width}");
+            assert_eq!(model.noise(2, (height, width), 1).unwrap().size(), [2, 4, fit.0 / 8, fit.1 / 8]);
+        }
+        // Its autoencoder has a factor of 4.
+        assert_eq!(open("assets/mini").fit((30, 31)).unwrap(), (28, 28));
+    }
+
+    #[test]
+    fn empty() {
+        let model = tiny();
+        for size in [(0, 64), (64, 0), (0, 0), (-8, 64), (64, i64::MIN)] {
+            assert!(refused(&model, size).contains("at least 1 pixel"));
+        }
+    }
+
+    #[test]
+    fn smaller_than_one_latent() {
+        let model = tiny();
+        for size in [(7, 64), (64, 7), (1, 1)] {
+            assert!(refused(&model, size).contains("8x8"));
+        }
+    }
+
+    #[test]
+    fn absurd() {
+        let model = tiny();
+        for size in [(99_999, 99_999), (8, 40_000), (i64::MAX, i64::MAX), (i64::MAX, 8), (32_768, 32_768)] {
+            assert!(refused(&model, size).contains("too large"));
+        }
+    }
+
+    /// The largest size that is not absurd: the bundled model's decoder holds far more than 16 channels of it in f32, so
+    /// only a machine with more than 48 GiB free could say yes.
+    #[test]
+    fn beyond_memory() {
+        let model = open("assets/mini");
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let free = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+        let free = free.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<i64>().ok()).map(|kib| kib >> 20);
+        match free {
+            Some(gib) if gib < 48 => {
+                let message = refused(&model, (8192, 32_768));
+                assert!(message.contains("memory") && message.contains("GiB"), "{message}");
+                assert!(message.contains("smaller"), "what to do: {message}");
+                assert!(refused(&model, (32_768, 8192)).contains("memory"));
+            }
+            _ => eprintln!("partly skipped: {free:?} GiB are free here, or the system does not tell"),
+        }
+        // Small ones go through in any case.
+        assert_eq!(model.fit((256, 256)).unwrap(), (256, 256));
+    }
+
+    #[test]
+    fn noise_of_no_pictures() {
+        for batch in [0, -1, i64::MIN] {
+            let error = tiny().noise(batch, (64, 64), 0).unwrap_err();
+            assert!(matches!(error, Error::Argument { argument: "batch", .. }), "{error:?}");
+            assert!(error.to_string().contains(&batch.to_string()), "{error}");
+        }
+    }
+}
