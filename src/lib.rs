@@ -5,10 +5,10 @@
 //! [arXiv 2502.20235](https://arxiv.org/abs/2502.20235)). This crate is an independent implementation.
 //!
 //! # A picture in another's style
-//! ```no_run
+#![cfg_attr(feature = "stable-diffusion", doc = "```no_run")]
+#![cfg_attr(not(feature = "stable-diffusion"), doc = "```ignore")]
 //! use attention_distillation::{device, image, Distiller, References, Result, StableDiffusion};
 //!
-//! # #[cfg(feature = "stable-diffusion")]
 //! fn main() -> Result<()> {
 //!     // A folder in diffusers layout: unet/ vae/ text_encoder/ tokenizer/ scheduler/
 //!     let device = device::best();
@@ -29,8 +29,6 @@
 //!     }
 //!     image::save(&model.decode(&run.latents)?, "result.png")
 //! }
-//! # #[cfg(not(feature = "stable-diffusion"))]
-//! # fn main() {}
 //! ```
 //!
 //! # Where to begin
@@ -120,3 +118,8 @@ pub use settings::Settings;
 pub use stable_diffusion::StableDiffusion;
 
 pub use tch;
+
+/// The README's programs are compiled, too.
+#[cfg(all(doctest, feature = "stable-diffusion"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
