@@ -1,5 +1,6 @@
 //! What another program's pipeline implements: one forward pass with a hook in it.
 
+use crate::scalar::WithNumber;
 use crate::{AttentionHook, PlainAttention, Result};
 use tch::Tensor;
 
@@ -32,7 +33,7 @@ pub trait Denoiser {
             return Ok(prompt);
         };
         let negative = self.forward(latents, timestep, negative, &mut PlainAttention)?;
-        let shift = prompt.f_sub(&negative)?.f_mul_scalar(guidance.scale)?;
+        let shift = prompt.f_sub(&negative)?.times(guidance.scale)?;
         Ok(negative.f_add(&shift)?)
     }
 }

@@ -1,5 +1,6 @@
 //! The network as a measure of pictures: four calls make the method, and the runs are loops over them.
 
+use crate::scalar::WithNumber;
 use crate::{Denoiser, Error, Features, Loss, Optimizer, References, Result};
 use std::ops::Range;
 use tch::{Kind, Tensor};
@@ -62,10 +63,10 @@ impl<D: Denoiser> FeatureExtractor<D> {
             if !value.requires_grad() {
                 return Err(independent());
             }
-            let scaled = if half { value.f_mul_scalar(scale)? } else { value.shallow_clone() };
+            let scaled = if half { value.times(scale)? } else { value.shallow_clone() };
             let gradients = Tensor::f_run_backward(&[&scaled], &[&leaf], false, false)?;
             let gradient = gradients.into_iter().next().filter(Tensor::defined).ok_or_else(independent)?;
-            let gradient = if half { gradient.f_div_scalar(scale)? } else { gradient };
+            let gradient = if half { gradient.over(scale)? } else { gradient };
             Ok((value.f_detach()?, gradient))
         })
     }

@@ -8,6 +8,7 @@ mod file;
 pub use array::{from_array, from_rgb8, to_array, to_rgb8};
 pub use file::{check_writable, load, save};
 
+use crate::scalar::WithNumber;
 use crate::{Error, Result};
 use tch::{Kind, Tensor};
 
@@ -55,7 +56,7 @@ pub fn resize(picture: &Tensor, (height, width): (i64, i64)) -> Result<Tensor> {
         return Ok(picture.shallow_clone());
     }
     // Bicubic overshoots at edges.
-    Ok(picture.f_to_kind(Kind::Float)?.f_internal_upsample_bicubic2d_aa([height, width], false, None, None)?.f_clamp(0.0, 1.0)?)
+    picture.f_to_kind(Kind::Float)?.f_internal_upsample_bicubic2d_aa([height, width], false, None, None)?.within(0.0, 1.0)
 }
 
 /// The size with about `area` pixels that keeps the aspect ratio of `(height, width)`, sides multiples of `multiple`.

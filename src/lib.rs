@@ -90,6 +90,7 @@ mod loss;
 mod optimizer;
 mod progress;
 mod reference;
+mod scalar;
 mod scheduler;
 mod settings;
 mod soundness;

@@ -1,5 +1,6 @@
 //! The paper's losses: AD loss, content loss, and their weighted sum.
 
+use crate::scalar::WithNumber;
 use crate::{attention::scaled_dot_product, Error, Features, LayerFeatures, References, Result};
 use tch::{Kind, Reduction, Tensor};
 
@@ -58,7 +59,7 @@ impl AdLoss {
     /// What the layer would put out if the picture were made of the styles.
     fn ideal(&self, i: usize, layer: &LayerFeatures, references: &References<Features>) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let query = if self.sharpness == 1.0 { layer.query.shallow_clone() } else { layer.query.f_mul_scalar(self.sharpness)? };
+        let query = if self.sharpness == 1.0 { layer.query.shallow_clone() } else { layer.query.times(self.sharpness)? };
         let key = joined(i, &query, references, |style| &style.key)?;
         let value = joined(i, &query, references, |style| &style.value)?;
         // Regions and weights of styles become one bias on these scores: it is the mask of this call.
@@ -136,7 +137,7 @@ impl Loss for TotalLoss {
             if !(weight.is_finite() && *weight >= 0.0) {
                 return Err(Error::argument("loss weight", format!("{weight} is not a number of at least 0")));
             }
-            Ok(loss.evaluate(picture, references)?.f_mul_scalar(*weight)?)
+            loss.evaluate(picture, references)?.times(*weight)
         }))
     }
 }

@@ -1,5 +1,6 @@
 //! What moves the latents: Adam as the authors use it, and plain gradient descent for the paper's comparison.
 
+use crate::scalar::{number, WithNumber};
 use crate::{Error, Result};
 use tch::{Device, Tensor};
 
@@ -121,13 +122,13 @@ impl Optimizer for Adam {
             none => none.insert(Moments { mean: gradient.f_zeros_like()?, variance: gradient.f_zeros_like()? }),
         };
         // The order of operations is torch's, so that the roundings are, too.
-        let _ = mean.f_lerp_(gradient, 1.0 - beta1)?;
-        let _ = variance.f_mul_scalar_(beta2)?.f_add_(&gradient.f_square()?.f_mul_scalar_(1.0 - beta2)?)?;
+        let _ = mean.f_add_(&gradient.f_sub(mean)?.f_mul_(&number(1.0 - beta1)?)?)?;
+        let _ = variance.f_mul_(&number(beta2)?)?.f_add_(&gradient.f_square()?.f_mul_(&number(1.0 - beta2)?)?)?;
         self.steps += 1;
         let correction1 = 1.0 - beta1.powf(self.steps as f64);
         let correction2 = 1.0 - beta2.powf(self.steps as f64);
-        let denominator = variance.f_sqrt()?.f_div_scalar_(correction2.sqrt())?.f_add_scalar_(epsilon)?;
-        let _ = parameter.f_add_(&mean.f_div(&denominator)?.f_mul_scalar_(-learning_rate / correction1)?)?;
+        let denominator = variance.f_sqrt()?.f_div_(&number(correction2.sqrt())?)?.f_add_(&number(epsilon)?)?;
+        let _ = parameter.f_add_(&mean.f_div(&denominator)?.f_mul_(&number(-learning_rate / correction1)?)?)?;
         Ok(())
     }
 
@@ -179,7 +180,7 @@ impl Optimizer for GradientDescent {
         let _guard = tch::no_grad_guard();
         check_learning_rate(self.learning_rate)?;
         same_shape(parameter, gradient)?;
-        let _ = parameter.f_sub_(&gradient.f_mul_scalar(self.learning_rate)?)?;
+        let _ = parameter.f_sub_(&gradient.times(self.learning_rate)?)?;
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! Watching a run for infinite or NaN latents, without making a GPU wait.
 
+use crate::scalar::integer;
 use crate::{Error, Result};
 use tch::{Kind, Tensor};
 
@@ -27,12 +28,12 @@ impl Soundness {
             return if after.f_isfinite()?.f_all()?.f_int64_value(&[])? == 1 { Ok(after) } else { Err(at("latents")) };
         }
         let sound = after.f_isfinite()?.f_all()?.f_logical_and(&loss.f_isfinite()?)?;
-        let now = sound.f_logical_not()?.f_to_kind(Kind::Int64)?.f_mul_scalar(i64::try_from(step).unwrap_or(i64::MAX))?;
+        let now = sound.f_logical_not()?.f_to_kind(Kind::Int64)?.f_mul(&integer(i64::try_from(step).unwrap_or(i64::MAX))?)?;
         let unsound = match self.unsound.take() {
-            Some(earlier) => now.f_where_self(&earlier.f_eq(0)?, &earlier)?,
+            Some(earlier) => now.f_where_self(&earlier.f_eq_tensor(&integer(0)?)?, &earlier)?,
             None => now,
         };
-        let kept = after.f_where_self(&unsound.f_eq(0)?, before)?;
+        let kept = after.f_where_self(&unsound.f_eq_tensor(&integer(0)?)?, before)?;
         self.unsound = Some(unsound);
         Ok(kept)
     }

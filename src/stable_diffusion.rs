@@ -27,6 +27,7 @@ pub use tokenizer::ClipTokenizer;
 pub use unet::UNet;
 pub use vae::AutoencoderKl;
 
+use crate::scalar::WithNumber;
 use crate::{image, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Result, Scheduler, Settings};
 use settings::FolderSettings;
 use std::{ops::Range, path::Path};
@@ -145,7 +146,7 @@ impl StableDiffusion {
     /// Sides that are not multiples of the factor (8 in Stable Diffusion; see [`fit`](Self::fit)).
     pub fn encode(&self, picture: &Tensor) -> Result<Tensor> {
         image::size(picture)?;
-        tch::no_grad(|| self.vae.encode(&picture.f_to_device(self.device)?.f_to_kind(Kind::Float)?.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?))
+        tch::no_grad(|| self.vae.encode(&picture.f_to_device(self.device)?.f_to_kind(Kind::Float)?.times(2.0)?.plus(-1.0)?))
     }
 
     /// A picture `(batch, 3, height, width)` with values 0 to 1, from latents.
@@ -155,7 +156,7 @@ impl StableDiffusion {
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         tch::no_grad(|| {
             let pixels = self.vae.decode(&latents.f_to_device(self.device)?)?;
-            Ok(pixels.f_div_scalar(2.0)?.f_add_scalar(0.5)?.f_clamp(0.0, 1.0)?)
+            pixels.over(2.0)?.plus(0.5)?.within(0.0, 1.0)
         })
     }
 

@@ -64,6 +64,9 @@ def main():
 
     lines = [(f"tch::Tensor::{name}", f"panics; use {twin}") for name, twin in twins.items()]
     lines += [(f"tch::Tensor::{name}", "panics; write it with f_ methods") for name in convenience]
+    # The Scalar is dropped before the error is read, and its drop panics on it.
+    scalars = {name for name, (signature, _) in methods.items() if "Into<Scalar>" in signature} - twins.keys() - convenience
+    lines += [(f"tch::Tensor::{name}", "panics on any error; use crate::scalar") for name in scalars]
     lines.append(("tch::IndexOp::i", "panics; use f_i"))
     text = HEADER.format(version=version)
     text += "".join(f'    {{ path = "{path}", reason = "{reason}" }},\n' for path, reason in sorted(lines))

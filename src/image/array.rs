@@ -1,5 +1,6 @@
 //! Pictures as ndarray's arrays.
 
+use crate::scalar::WithNumber;
 use crate::{Error, Result};
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4};
 use tch::{Device, Kind, Tensor};
@@ -37,7 +38,7 @@ pub fn to_rgb8(picture: &Tensor) -> Result<Array3<u8>> {
     }
     let values = picture.f_detach()?.f_squeeze_dim(0)?.f_permute([1, 2, 0])?.f_to_kind(Kind::Float)?;
     // What is not a number has no colour; black beats undefined.
-    let bytes = values.f_nan_to_num(0.0, 1.0, 0.0)?.f_clamp(0.0, 1.0)?.f_mul_scalar(255.0)?.f_round()?.f_to_kind(Kind::Uint8)?;
+    let bytes = values.f_nan_to_num(0.0, 1.0, 0.0)?.within(0.0, 1.0)?.times(255.0)?.f_round()?.f_to_kind(Kind::Uint8)?;
     let bytes = bytes.f_to_device(Device::Cpu)?.f_contiguous()?.f_view([-1])?;
     let shape = [height, width, 3].map(|side| usize::try_from(side).unwrap_or(0));
     Array3::from_shape_vec(shape, Vec::<u8>::try_from(bytes)?).map_err(|error| Error::argument("picture", error.to_string()))
@@ -50,7 +51,7 @@ pub fn to_rgb8(picture: &Tensor) -> Result<Array3<u8>> {
 pub fn from_rgb8(array: ArrayView3<'_, u8>) -> Result<Tensor> {
     let bytes: Vec<u8> = array.iter().copied().collect();
     let picture = Tensor::f_from_slice(&bytes)?.f_view(sides(array.shape()).as_slice())?;
-    let picture = picture.f_permute([2, 0, 1])?.f_unsqueeze(0)?.f_to_kind(Kind::Float)?.f_div_scalar(255.0)?.f_contiguous()?;
+    let picture = picture.f_permute([2, 0, 1])?.f_unsqueeze(0)?.f_to_kind(Kind::Float)?.over(255.0)?.f_contiguous()?;
     super::size(&picture)?;
     Ok(picture)
 }

@@ -1,6 +1,7 @@
 //! DDIM (Song et al. 2021) with eta 0, on the settings of any diffusers scheduler.
 
 use super::Scheduler;
+use crate::scalar::{number, WithNumber};
 use crate::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
@@ -161,7 +162,7 @@ impl Scheduler for Ddim {
 
     fn add_noise(&self, clean: &Tensor, noise: &Tensor, timestep: f64) -> Result<Tensor> {
         let a = self.alpha(timestep)?;
-        Ok(clean.f_mul_scalar(a.sqrt())?.f_add(&noise.f_mul_scalar((1.0 - a).sqrt())?)?)
+        Ok(clean.times(a.sqrt())?.f_add(&noise.times((1.0 - a).sqrt())?)?)
     }
 
     fn step(&self, index: usize, prediction: &Tensor, latents: &Tensor) -> Result<Tensor> {
@@ -169,7 +170,7 @@ impl Scheduler for Ddim {
         let a = self.alpha(previous + self.stride as f64)?;
         let next = if previous >= 0.0 { self.alpha(previous)? } else { self.final_alpha };
         let (signal, noise) = (a.sqrt(), (1.0 - a).sqrt());
-        let mix = |x: &Tensor, wx: f64, y: &Tensor, wy: f64| -> Result<Tensor> { Ok(x.f_mul_scalar(wx)?.f_add(&y.f_mul_scalar(wy)?)?) };
+        let mix = |x: &Tensor, wx: f64, y: &Tensor, wy: f64| -> Result<Tensor> { Ok(x.times(wx)?.f_add(&y.times(wy)?)?) };
         let (mut clean, mut epsilon) = match self.prediction {
             // At pure noise (signal 0) the noise says nothing of the picture, and this is infinite, as in diffusers.
             Prediction::Epsilon => (mix(latents, 1.0 / signal, prediction, -noise / signal)?, prediction.shallow_clone()),
@@ -177,7 +178,7 @@ impl Scheduler for Ddim {
             Prediction::Velocity => (mix(latents, signal, prediction, -noise)?, mix(prediction, signal, latents, noise)?),
         };
         if let Some(limit) = self.clip_sample {
-            clean = clean.f_clamp(-limit, limit)?;
+            clean = clean.within(-limit, limit)?;
             if self.prediction == Prediction::Sample {
                 epsilon = mix(latents, 1.0 / noise, prediction, -signal / noise)?;
             }
@@ -207,6 +208,13 @@ fn timesteps(config: &DdimConfig, steps: usize) -> Vec<f64> {
 /// Computed by libtorch in f32, as Python does: the roundings of a thousand factors add up.
 fn alphas(config: &DdimConfig) -> Result<Vec<f64>> {
     let count = config.train_timesteps;
+    for (name, beta) in [("beta_start", config.beta_start), ("beta_end", config.beta_end)] {
+        if !(0.0..1.0).contains(&beta) {
+            return Err(Error::argument(name, format!("{beta} is not in 0..1")));
+        }
+    }
+    // On numbers that f32 holds, and on the CPU, this one cannot fail and so not panic (see `scalar`).
+    #[allow(clippy::disallowed_methods)]
     let ramp = |start: f64, end: f64| Tensor::f_linspace(start, end, count as i64, (Kind::Float, Device::Cpu));
     let betas = match &config.beta_schedule {
         BetaSchedule::Linear => ramp(config.beta_start, config.beta_end)?,
@@ -222,11 +230,11 @@ fn alphas(config: &DdimConfig) -> Result<Vec<f64>> {
             return Err(Error::argument("trained_betas", format!("{} values for {count} timesteps", betas.len())));
         }
     };
-    let valid = betas.f_ge(0.0)?.f_logical_and(&betas.f_lt(1.0)?)?.f_all()?;
+    let valid = betas.f_ge_tensor(&number(0.0)?)?.f_logical_and(&betas.f_lt_tensor(&number(1.0)?)?)?.f_all()?;
     if valid.f_int64_value(&[])? == 0 {
         return Err(Error::argument("betas", format!("{} .. {} lead outside of 0..1", config.beta_start, config.beta_end)));
     }
-    let mut alphas = betas.f_neg()?.f_add_scalar(1.0)?.f_cumprod(0, None)?;
+    let mut alphas = betas.f_neg()?.plus(1.0)?.f_cumprod(0, None)?;
     if config.rescale_zero_snr {
         alphas = rescaled_to_zero_snr(&alphas)?;
     }
@@ -243,6 +251,6 @@ fn rescaled_to_zero_snr(alphas: &Tensor) -> Result<Tensor> {
     let count = bar.numel() as i64;
     let ratios = bar.f_narrow(0, 1, count - 1)?.f_div(&bar.f_narrow(0, 0, count - 1)?)?;
     let alphas = Tensor::f_cat(&[bar.f_narrow(0, 0, 1)?, ratios], 0)?;
-    let betas = alphas.f_neg()?.f_add_scalar(1.0)?;
-    Ok(betas.f_neg()?.f_add_scalar(1.0)?.f_cumprod(0, None)?)
+    let betas = alphas.f_neg()?.plus(1.0)?;
+    Ok(betas.f_neg()?.plus(1.0)?.f_cumprod(0, None)?)
 }

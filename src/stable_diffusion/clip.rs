@@ -3,6 +3,7 @@
 use super::config::Config;
 use super::layers::{merge_heads, split_heads, Activation, LayerNorm, Linear};
 use super::weights::{Scope, Weights};
+use crate::scalar::integer;
 use crate::{attention::scaled_dot_product, Error, Result};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
@@ -75,7 +76,7 @@ impl ClipTextModel {
         let vocabulary = self.token_embedding.size2()?.0;
         let ids = ids.f_to_device(self.device)?.f_to_kind(Kind::Int64)?;
         // Out of range is undefined on a GPU.
-        if ids.f_lt(0)?.f_logical_or(&ids.f_ge(vocabulary)?)?.f_any()?.f_int64_value(&[])? != 0 {
+        if ids.f_lt_tensor(&integer(0)?)?.f_logical_or(&ids.f_ge_tensor(&integer(vocabulary)?)?)?.f_any()?.f_int64_value(&[])? != 0 {
             return Err(Error::argument(
                 "token ids",
                 format!("outside of the model's vocabulary of {vocabulary}; is the tokenizer another model's?"),
@@ -134,7 +135,7 @@ impl Layer {
         let (q, k, v) = (project(&self.q)?, project(&self.k)?, project(&self.v)?);
         // Each token sees those before it.
         let tokens = normed.size3()?.1;
-        let mask = Tensor::f_full([tokens, tokens], f64::NEG_INFINITY, (q.f_kind()?, q.device()))?.f_triu(1)?;
+        let mask = Tensor::f_ones([tokens, tokens], (Kind::Bool, q.device()))?.f_tril(0)?;
         let x = x.f_add(&self.out.forward(&merge_heads(&scaled_dot_product(&q, &k, &v, Some(&mask), None)?)?)?)?;
         let inner = self.activation.forward(&self.fc1.forward(&self.norm2.forward(&x)?)?)?;
         Ok(x.f_add(&self.fc2.forward(&inner)?)?)

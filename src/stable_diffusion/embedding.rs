@@ -2,6 +2,7 @@
 
 use super::layers::{Activation, Linear};
 use super::weights::Scope;
+use crate::scalar::WithNumber;
 use crate::Result;
 use tch::{Kind, Tensor};
 
@@ -19,8 +20,8 @@ impl Sinusoid {
     /// `numbers (n)` to `(n, width)`, in f32.
     pub(crate) fn forward(&self, numbers: &Tensor) -> Result<Tensor> {
         let half = self.width / 2;
-        let exponents = Tensor::f_arange(half, (Kind::Float, numbers.device()))?.f_mul_scalar(-(10_000.0_f64.ln()))?;
-        let frequencies = exponents.f_div_scalar(half as f64 - self.freq_shift)?.f_exp()?;
+        let exponents = Tensor::f_ones([half], (Kind::Float, numbers.device()))?.f_cumsum(0, None)?.plus(-1.0)?.times(-(10_000.0_f64.ln()))?;
+        let frequencies = exponents.over(half as f64 - self.freq_shift)?.f_exp()?;
         let angles = numbers.f_to_kind(Kind::Float)?.f_unsqueeze(-1)?.f_mul(&frequencies.f_unsqueeze(0)?)?;
         let (sin, cos) = (angles.f_sin()?, angles.f_cos()?);
         let both = if self.flip_sin_to_cos { Tensor::f_cat(&[cos, sin], -1)? } else { Tensor::f_cat(&[sin, cos], -1)? };

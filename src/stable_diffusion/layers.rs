@@ -1,6 +1,7 @@
 //! The layers that networks are made of.
 
 use super::weights::Scope;
+use crate::scalar::WithNumber;
 use crate::Result;
 use tch::Tensor;
 
@@ -105,7 +106,7 @@ impl Activation {
         Ok(match self {
             Self::Silu => x.f_silu()?,
             Self::Gelu => x.f_gelu("none")?,
-            Self::QuickGelu => x.f_mul(&x.f_mul_scalar(1.702)?.f_sigmoid()?)?,
+            Self::QuickGelu => x.f_mul(&x.times(1.702)?.f_sigmoid()?)?,
             Self::Relu => x.f_relu()?,
             Self::Mish => x.f_mish()?,
         })

@@ -2,6 +2,7 @@
 
 use super::layers::{Activation, Conv2d, GroupNorm, Linear};
 use super::weights::Scope;
+use crate::scalar::WithNumber;
 use crate::Result;
 use tch::Tensor;
 
@@ -54,7 +55,11 @@ impl Resnet {
             Some(shortcut) => shortcut.forward(x)?.f_add(&h)?,
             None => x.f_add(&h)?,
         };
-        Ok(if self.style.scale == 1.0 { sum } else { sum.f_div_scalar(self.style.scale)? })
+        if self.style.scale == 1.0 {
+            Ok(sum)
+        } else {
+            sum.over(self.style.scale)
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use super::resnet::ResnetStyle;
 use super::transformer::{Pass, TransformerShape};
 use super::weights::{Scope, Weights};
 use super::Condition;
+use crate::scalar::WithNumber;
 use crate::{AttentionHook, Denoiser, Error, Result};
 use serde_json::json;
 use std::path::Path;
@@ -206,7 +207,7 @@ impl UNet {
         let batch = self.check(latents, condition)?;
         let mut x = latents.f_to_kind(self.kind)?;
         if self.config.center_input {
-            x = x.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?;
+            x = x.times(2.0)?.plus(-1.0)?;
         }
         let time = self.time(timestep, batch, condition)?;
         let text = condition.text.f_to_device(self.device)?.f_to_kind(self.kind)?;

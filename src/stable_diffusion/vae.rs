@@ -4,6 +4,7 @@ use super::config::Config;
 use super::layers::{merge_heads, split_heads, Activation, Conv2d, GroupNorm, Linear};
 use super::resnet::{Downsample, Resnet, ResnetStyle, Upsample};
 use super::weights::{Scope, Weights};
+use crate::scalar::WithNumber;
 use crate::{Error, Qkv, Result};
 use serde_json::json;
 use std::path::Path;
@@ -118,7 +119,7 @@ impl AutoencoderKl {
             moments = quant.forward(&moments)?;
         }
         let mean = moments.f_narrow(1, 0, self.latent_channels)?.f_to_kind(Kind::Float)?;
-        Ok(mean.f_sub_scalar(self.shift_factor)?.f_mul_scalar(self.scaling_factor)?)
+        mean.plus(-self.shift_factor)?.times(self.scaling_factor)
     }
 
     /// Pixels from scaled latents, in f32, not clamped to -1 to 1.
@@ -130,7 +131,7 @@ impl AutoencoderKl {
             &[batch, c, h, w] if batch > 0 && c == self.latent_channels && h > 0 && w > 0 => {}
             other => return Err(Error::shape("latents", format!("(batch, {}, height, width)", self.latent_channels), other.to_vec())),
         }
-        let mut x = latents.f_div_scalar(self.scaling_factor)?.f_add_scalar(self.shift_factor)?.f_to_kind(self.kind)?;
+        let mut x = latents.over(self.scaling_factor)?.plus(self.shift_factor)?.f_to_kind(self.kind)?;
         if let Some(post_quant) = &self.post_quant {
             x = post_quant.forward(&x)?;
         }
