@@ -1,12 +1,13 @@
-//! The losses alone, on random features of the shapes that the method meets. An element is a query token: all tokens of
-//! the six layers count, whatever their heads and widths.
+//! The losses alone, on random features of the shapes that the method meets; what the backward pass goes on to cost in
+//! the network is in the other bench. An element is a query token: all tokens of the six layers count, whatever their
+//! heads and widths.
 #![allow(clippy::disallowed_methods, missing_docs)]
 
 mod common;
 
 use attention_distillation::tch::{self, Device, Kind, Tensor};
 use attention_distillation::{
-    AdLoss, AttentionHook, AttentionSite, ContentLoss, Denoiser, Features, LayerFeatures, Loss, PlainAttention, Qkv, References, Result, Style,
+    AdLoss, AttentionHook, AttentionSite, ContentLoss, Denoiser, Features, LayerFeatures, Loss, Qkv, References, Result, Style,
 };
 use common::{device_and_kind, finished};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
@@ -70,30 +71,7 @@ fn losses(c: &mut Criterion) {
         let layers = Layers { shapes, options: (kind, device) };
         bench(c, &format!("AD loss, {model}"), &layers, &AdLoss::default(), |layer| &layer.output);
         bench(c, &format!("content loss, {model}"), &layers, &ContentLoss, |layer| &layer.query);
-        own_attention(c, model, &layers);
     }
-}
-
-/// The picture's own attention, for scale: the network computes it anyway, and the gradient of the AD loss goes back
-/// through it.
-fn own_attention(c: &mut Criterion, model: &str, layers: &Layers) {
-    let (_, device) = layers.options;
-    let leaves = layers.features().try_map(|feature| Ok(feature.detach().set_requires_grad(true))).unwrap();
-    let inputs: Vec<&Tensor> = leaves.layers().flat_map(|layer| [&layer.query, &layer.key, &layer.value]).collect();
-    let tokens: i64 = leaves.layers().map(|layer| layer.site.tokens()).sum();
-    let attend = || {
-        let attended = leaves.layers().map(|layer| {
-            let qkv = Qkv::new(layer.query.shallow_clone(), layer.key.shallow_clone(), layer.value.shallow_clone());
-            PlainAttention.attend(&layer.site, qkv).unwrap().mean(Kind::Float)
-        });
-        attended.collect::<Vec<_>>()
-    };
-
-    let mut group = c.benchmark_group(format!("own attention, {model}"));
-    group.throughput(Throughput::Elements(tokens as u64));
-    group.bench_function("forward", |b| b.iter(|| finished(device, || tch::no_grad(attend))));
-    group.bench_function("forward and backward", |b| b.iter(|| finished(device, || Tensor::run_backward(&attend(), &inputs, false, false))));
-    group.finish();
 }
 
 criterion_group! {

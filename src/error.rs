@@ -182,6 +182,6 @@ fn first_line(error: &tch::TchError) -> String {
         tch::TchError::Torch(message) => message.clone(),
         other => other.to_string(),
     };
-    let end = whole.find("\nException raised from").unwrap_or(whole.len());
+    let end = ["\nException raised from", "\nframe #"].iter().filter_map(|frames| whole.find(frames)).min().unwrap_or(whole.len());
     whole.get(..end).unwrap_or(&whole).trim().to_owned()
 }

@@ -62,16 +62,20 @@ impl StableDiffusion {
             };
             return Err(Error::Config { path: folder.to_owned(), reason: reason.into() });
         }
+        let bad = |reason: String| Error::Config { path: folder.to_owned(), reason };
+        let sdxl = || bad("is an SDXL model; prompts by two text encoders are not supported yet (its U-Net opens with UNet::open)".into());
         if folder.join("text_encoder_2").is_dir() {
-            let reason = "is an SDXL model; prompts by two text encoders are not supported yet (its U-Net opens with UNet::open)";
-            return Err(Error::Config { path: folder.to_owned(), reason: reason.into() });
+            return Err(sdxl());
         }
         let settings = FolderSettings::open(folder)?;
         let schedule = scheduler_config(folder.join("scheduler").join("scheduler_config.json"))?;
         let (encoder, tokenizer) = (folder.join("text_encoder"), folder.join("tokenizer"));
-        let text = match encoder.is_dir() {
-            true => Some((ClipTokenizer::open(tokenizer)?, ClipTextModel::open(encoder, device, kind)?)),
-            false => None,
+        let text = if encoder.is_dir() {
+            Some((ClipTokenizer::open(tokenizer)?, ClipTextModel::open(&encoder, device, kind)?))
+        } else if names_text_encoder(folder)? {
+            return Err(bad("its model_index.json names a text_encoder, but there is no such folder; fetch it, too".into()));
+        } else {
+            None
         };
         let vae = AutoencoderKl::open(folder.join("vae"), device, kind)?;
         let unet = UNet::open(folder.join("unet"), device, kind)?;
@@ -82,6 +86,23 @@ impl StableDiffusion {
                 vae.latent_channels()
             );
             return Err(Error::Config { path: folder.to_owned(), reason });
+        }
+        if unet.wants_pooled_text() {
+            return Err(sdxl());
+        }
+        if let Some((tokenizer, encoder)) = &text {
+            let (width, wanted) = (encoder.width(), unet.cross_attention_dim());
+            if width != wanted {
+                return Err(bad(format!("its text encoder makes embeddings of width {width}, its U-Net takes {wanted}")));
+            }
+            if tokenizer.length() > encoder.positions() {
+                return Err(bad(format!("its tokenizer makes {} ids, its text encoder takes {}", tokenizer.length(), encoder.positions())));
+            }
+        }
+        let layers = settings.over(Settings::style_transfer())?.layers;
+        let count = unet.self_attention_layers();
+        if let Some(layers) = layers.filter(|layers| layers.end > count) {
+            return Err(bad(format!("its attention_distillation.json names layers {}..{}, its U-Net has {count}", layers.start, layers.end)));
         }
         Ok(Self { unet, vae, text, schedule, settings, device })
     }
@@ -135,7 +156,8 @@ impl StableDiffusion {
         if fit_height == 0 || fit_width == 0 {
             return Err(Error::argument("size", format!("{width}x{height} is too small; the model needs at least {factor}x{factor} pixels")));
         }
-        memory::check(self.device, self.vae.activation_bytes(fit_height.saturating_mul(fit_width)), (fit_height, fit_width))?;
+        let latents = (fit_height / factor).saturating_mul(fit_width / factor);
+        memory::check(self.device, self.unet.activation_bytes(latents), (fit_height, fit_width))?;
         Ok((fit_height, fit_width))
     }
 
@@ -223,6 +245,17 @@ impl StableDiffusion {
         let shape = [batch, self.unet.in_channels(), height / factor, width / factor];
         Ok(Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?.f_to_device(self.device)?)
     }
+}
+
+/// Whether the folder is meant to have a text encoder: without one its null prompt would be another.
+fn names_text_encoder(folder: &Path) -> Result<bool> {
+    let index = folder.join("model_index.json");
+    if !index.is_file() {
+        return Ok(false);
+    }
+    let config = config::Config::open(&index)?;
+    // A class and its library; [null, null] for a part that was left out.
+    Ok(config.get("text_encoder").and_then(|part| part.get(1)).is_some_and(|class| !class.is_null()))
 }
 
 impl Denoiser for StableDiffusion {

@@ -22,10 +22,10 @@ pub struct Shared {
     #[arg(long, value_name = "N")]
     pub iterations: Option<usize>,
     /// Adam's learning rate
-    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub lr: Option<f64>,
     /// How much of the content's layout stays, 0 (off) to 1
-    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub content_weight: Option<f64>,
     /// Self-attention layers in execution order; default: the last six
     #[arg(long, value_name = "A..B", value_parser = layers)]

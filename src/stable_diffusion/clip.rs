@@ -16,6 +16,8 @@ pub struct ClipTextModel {
     layers: Vec<Layer>,
     final_norm: LayerNorm,
     heads: i64,
+    width: i64,
+    positions: usize,
     device: Device,
 }
 
@@ -59,8 +61,20 @@ impl ClipTextModel {
             layers: (0..config.count("num_hidden_layers", 12)?).map(|i| Layer::new(&at.at("encoder.layers").at(i), shape)).collect::<Result<_>>()?,
             final_norm: LayerNorm::new(&at.at("final_layer_norm"), width, shape.epsilon)?,
             heads,
+            width,
+            positions: usize::try_from(positions).unwrap_or(usize::MAX),
             device,
         })
+    }
+
+    /// Width of the embeddings.
+    pub fn width(&self) -> i64 {
+        self.width
+    }
+
+    /// The most tokens of a text.
+    pub fn positions(&self) -> usize {
+        self.positions
     }
 
     /// The last hidden state after the final norm, `(batch, tokens, hidden_size)`, for ids `(batch, tokens)`.

@@ -40,6 +40,16 @@ impl Config {
         self.values.get(key).filter(|value| !value.is_null())
     }
 
+    /// As if the key were absent.
+    pub(crate) fn forget(&mut self, key: &str) {
+        self.values.insert(key.to_owned(), Value::Null);
+    }
+
+    /// The object as JSON again.
+    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(&self.values).map_err(|error| self.bad(error.to_string()))
+    }
+
     pub(crate) fn bad(&self, reason: impl Into<String>) -> Error {
         Error::Config { path: self.path.clone(), reason: reason.into() }
     }

@@ -35,12 +35,17 @@ pub(crate) struct Embedding {
     first: Linear,
     second: Linear,
     activation: Activation,
+    inputs: i64,
 }
 
 impl Embedding {
     pub(crate) fn new(at: &Scope<'_>, inputs: i64, outputs: i64, activation: Activation) -> Result<Self> {
         let (first, second) = (Linear::new(&at.at("linear_1"), inputs, outputs)?, Linear::new(&at.at("linear_2"), outputs, outputs)?);
-        Ok(Self { first, second, activation })
+        Ok(Self { first, second, activation, inputs })
+    }
+
+    pub(crate) fn inputs(&self) -> i64 {
+        self.inputs
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {

@@ -1,7 +1,7 @@
 //! A schedule from any diffusers `scheduler_config.json`.
 
 use super::config::Config;
-use crate::{BetaSchedule, DdimConfig, Prediction, Result, Spacing};
+use crate::{BetaSchedule, Ddim, DdimConfig, Prediction, Result, Spacing};
 use serde_json::json;
 use std::path::Path;
 
@@ -35,7 +35,7 @@ pub fn scheduler_config(path: impl AsRef<Path>) -> Result<DdimConfig> {
         return Err(config.bad(format!("`steps_offset` is {offset}; it must be a whole number of at least 0")));
     }
     let clip = config.flag("clip_sample", true)?;
-    Ok(DdimConfig {
+    let schedule = DdimConfig {
         train_timesteps: count("num_train_timesteps", 1000)?,
         beta_start: config.number("beta_start", 0.0001)?,
         beta_end: config.number("beta_end", 0.02)?,
@@ -46,5 +46,8 @@ pub fn scheduler_config(path: impl AsRef<Path>) -> Result<DdimConfig> {
         set_alpha_to_one: config.flag("set_alpha_to_one", true)?,
         clip_sample: clip.then(|| config.positive("clip_sample_range", 1.0)).transpose()?,
         rescale_zero_snr: config.flag("rescale_betas_zero_snr", false)?,
-    })
+    };
+    // What does not make one step makes none: better said here, where the file is known.
+    Ddim::new(&schedule, 1).map_err(|error| config.bad(error.to_string()))?;
+    Ok(schedule)
 }

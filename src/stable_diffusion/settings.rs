@@ -38,8 +38,9 @@ impl FolderSettings {
             }
         };
         if let Some(layers) = config.get("layers") {
-            let ends = layers.as_array().map(|list| list.iter().filter_map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect::<Vec<_>>());
-            match ends.as_deref() {
+            let ends =
+                layers.as_array().map(|list| list.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect::<Option<Vec<_>>>());
+            match ends.flatten().as_deref() {
                 Some(&[start, end]) if start < end => settings.layers = Some(start..end),
                 _ => return Err(config.bad(format!("`layers` is {layers}; it must be [first, end) as in [10, 16]"))),
             }

@@ -41,7 +41,7 @@ impl ClipTokenizer {
         let (file, tokenizer) = if prepare {
             (vocab.clone(), from_vocabulary(&vocab, &merges)?)
         } else if whole.is_file() {
-            let tokenizer = Tokenizer::from_file(&whole).map_err(refused(&whole))?;
+            let tokenizer = from_whole(&whole)?;
             (whole, tokenizer)
         } else {
             let reason = "has neither vocab.json and merges.txt nor tokenizer.json".into();
@@ -128,6 +128,18 @@ fn from_vocabulary(vocab: &Path, merges: &Path) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::new(model);
     tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![words.into(), ByteLevel::new(false, true, false).into()])));
     Ok(tokenizer)
+}
+
+/// Only what turns text into ids is taken: the crate `tokenizers` panics on damaged decoders and character maps.
+fn from_whole(path: &Path) -> Result<Tokenizer> {
+    let mut config = Config::open(path)?;
+    for part in ["decoder", "post_processor", "padding", "truncation"] {
+        config.forget(part);
+    }
+    if config.get("normalizer").is_some_and(|normalizer| normalizer.to_string().contains("Precompiled")) {
+        return Err(config.bad("its normalizer is a `Precompiled` one, which is not CLIP's"));
+    }
+    Tokenizer::from_bytes(config.to_bytes()?).map_err(refused(path))
 }
 
 fn refused(path: &Path) -> impl Fn(tokenizers::Error) -> Error + '_ {

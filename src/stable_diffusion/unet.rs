@@ -113,6 +113,7 @@ impl UNet {
         let use_linear = config.flag("use_linear_projection", false)?;
         let time_width = config.count("time_embedding_dim", 4 * first)?;
         let time = Sinusoid { width: first, flip_sin_to_cos: config.flag("flip_sin_to_cos", true)?, freq_shift: config.number("freq_shift", 0.0)? };
+        check_shift(config, first)?;
         let add_embedding = add_embedding(config, at, time, time_width)?;
         let resnet = ResnetStyle { groups, epsilon, activation, time: Some(time_width), scale: 1.0 };
         let pick = |list: &[i64], i: usize| list.get(i).copied().unwrap_or(1);
@@ -125,9 +126,11 @@ impl UNet {
             use_linear,
         };
 
-        let padding = config
-            .get("downsample_padding")
-            .map_or(Ok(1), |p| p.as_i64().filter(|p| (0..=1).contains(p)).ok_or_else(|| config.bad("`downsample_padding` must be 0 or 1")))?;
+        let padding = match config.number("downsample_padding", 1.0)? {
+            0.0 => 0,
+            1.0 => 1,
+            other => return Err(config.bad(format!("`downsample_padding` is {other}; it must be 0 or 1"))),
+        };
         let mut down = vec![];
         for (i, attends) in down_types.iter().enumerate() {
             let outputs = pick(&channels, i);
@@ -199,6 +202,12 @@ impl UNet {
         self.add_embedding.is_some()
     }
 
+    /// Bytes of its first layer's output, for so many latents (height times width).
+    pub(crate) fn activation_bytes(&self, latents: i64) -> i64 {
+        let width = i64::try_from(self.kind.elt_size_in_bytes()).unwrap_or(4);
+        latents.saturating_mul(self.config.time.width).saturating_mul(width)
+    }
+
     /// As [`Denoiser::forward`], with the timestep as a tensor, `[]` or `(batch)`, on the network's device.
     ///
     /// # Errors
@@ -241,12 +250,15 @@ impl UNet {
     /// The embedding of timestep (and pooled text), after the activation that every residual block begins with.
     fn time(&self, timestep: &Tensor, batch: i64, condition: &Condition) -> Result<Tensor> {
         let numbers = timestep.f_to_device(self.device)?.f_reshape([-1])?;
+        if !matches!(numbers.size().as_slice(), &[n] if n == 1 || n == batch) {
+            return Err(Error::shape("timestep", format!("one number, or {batch}"), timestep.size()));
+        }
         let mut time = self.time_embedding.forward(&self.config.time.forward(&numbers)?.f_to_kind(self.kind)?)?;
         if let Some((sinusoid, embedding)) = &self.add_embedding {
             let (Some(pooled), Some(ids)) = (&condition.pooled, &condition.time_ids) else {
                 return Err(Error::argument("condition", "this network wants pooled text and time ids, too"));
             };
-            let (rows, _) = ids.size2().map_err(|_| Error::shape("time ids", "(1 or batch, 6)", ids.size()))?;
+            let rows = pooled_rows(pooled, ids, batch, embedding.inputs() - 6 * sinusoid.width)?;
             let ids = sinusoid.forward(&ids.f_to_device(self.device)?.f_flatten(0, 1)?)?.f_reshape([rows, -1])?;
             let both = Tensor::f_cat(&[pooled.f_to_device(self.device)?.f_to_kind(Kind::Float)?, ids], -1)?;
             time = time.f_add(&embedding.forward(&both.f_to_kind(self.kind)?)?)?;
@@ -265,14 +277,43 @@ impl Denoiser for UNet {
     }
 }
 
+/// How many rows pooled text and time ids have, which must be the same for both: one, or one per picture.
+fn pooled_rows(pooled: &Tensor, ids: &Tensor, batch: i64, width: i64) -> Result<i64> {
+    let fits = |rows: i64| rows == 1 || rows == batch;
+    let rows = match pooled.size().as_slice() {
+        &[rows, w] if fits(rows) && w == width => rows,
+        other => return Err(Error::shape("pooled", format!("(1 or {batch}, {width})"), other.to_vec())),
+    };
+    match ids.size().as_slice() {
+        &[r, 6] if r == rows => Ok(rows),
+        other => Err(Error::shape("time ids", format!("({rows}, 6)"), other.to_vec())),
+    }
+}
+
 /// SDXL's: pooled text and the sinusoids of the time ids.
 fn add_embedding(config: &Config, at: &Scope<'_>, time: Sinusoid, time_width: i64) -> Result<Option<(Sinusoid, Embedding)>> {
     let Some(_) = config.get("addition_embed_type") else { return Ok(None) };
     config.choice("addition_embed_type", "text_time", &[("text_time", ())])?;
     let width = config.count("addition_time_embed_dim", 256)?;
     let inputs = config.count("projection_class_embeddings_input_dim", 2816)?;
+    if inputs <= 6 * width {
+        return Err(config.bad(format!(
+            "`projection_class_embeddings_input_dim` is {inputs}, which leaves no room for text beside six times `addition_time_embed_dim` {width}"
+        )));
+    }
+    check_shift(config, width)?;
     let activation = config.choice("act_fn", "silu", Activation::NAMES)?;
     Ok(Some((Sinusoid { width, ..time }, Embedding::new(&at.at("add_embedding"), inputs, time_width, activation)?)))
+}
+
+/// Half the width is divided by after the shift.
+fn check_shift(config: &Config, width: i64) -> Result<()> {
+    let shift = config.number("freq_shift", 0.0)?;
+    if shift < (width / 2) as f64 {
+        Ok(())
+    } else {
+        Err(config.bad(format!("`freq_shift` is {shift}; it must be below {}, half the width of the time embedding", width / 2)))
+    }
 }
 
 fn odd_kernel(config: &Config, key: &str) -> Result<i64> {

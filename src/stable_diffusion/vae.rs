@@ -21,8 +21,6 @@ pub struct AutoencoderKl {
     shift_factor: f64,
     pixel_channels: i64,
     latent_channels: i64,
-    /// Of its widest full-resolution layer.
-    first_channels: i64,
     blocks: u32,
     kind: Kind,
 }
@@ -76,7 +74,6 @@ impl AutoencoderKl {
             shift_factor: config.number("shift_factor", 0.0)?,
             pixel_channels: shape.pixels,
             latent_channels: latents,
-            first_channels: channels.first().copied().unwrap_or(1),
             blocks: u32::try_from(channels.len()).unwrap_or(1),
             kind,
         })
@@ -90,12 +87,6 @@ impl AutoencoderKl {
     /// Channels of the latents.
     pub fn latent_channels(&self) -> i64 {
         self.latent_channels
-    }
-
-    /// Bytes of one full-resolution activation, for a picture of so many pixels.
-    pub(crate) fn activation_bytes(&self, pixels: i64) -> i64 {
-        let width = i64::try_from(self.kind.elt_size_in_bytes()).unwrap_or(4);
-        pixels.saturating_mul(self.first_channels).saturating_mul(width)
     }
 
     /// The posterior's mean, `(mean - shift_factor) * scaling_factor`, in f32.
