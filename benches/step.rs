@@ -6,8 +6,8 @@ mod common;
 
 use attention_distillation::tch::{self, Tensor};
 use attention_distillation::{
-    image, AdLoss, Adam, AttentionHook, AttentionKind, AttentionSite, ContentLoss, Denoiser, Distiller, Loss, Optimizer, PlainAttention, Qkv,
-    References, Result, StableDiffusion, TotalLoss,
+    image, AdLoss, Adam, AttentionHook, AttentionKind, AttentionSite, ContentLoss, Denoiser, Distiller, FeatureExtractor, Loss, Optimizer,
+    PlainAttention, Qkv, References, Result, StableDiffusion, TotalLoss,
 };
 use common::{device_and_kind, finished};
 use criterion::{criterion_group, criterion_main, BatchSize, Criterion, Throughput};
@@ -61,9 +61,13 @@ fn step(c: &mut Criterion) {
 
     let mut group = c.benchmark_group(format!("bundled model, {SIDE} px"));
     group.throughput(Throughput::Elements((SIDE * SIDE) as u64));
-    group.bench_function("features, last six layers", |b| {
-        b.iter(|| finished(device, || tch::no_grad(|| extractor.extract(&content, timestep).unwrap())));
-    });
+    // The end comes early where the layers do; behind the last ones little is left.
+    for (name, layers) in [("first", 0..6), ("last", extractor.layers.clone())] {
+        let extractor = FeatureExtractor::new(&model, model.prompts(&[""], (SIDE, SIDE)).unwrap(), layers);
+        group.bench_function(format!("features, {name} six layers"), |b| {
+            b.iter(|| finished(device, || tch::no_grad(|| extractor.extract(&content, timestep).unwrap())));
+        });
+    }
     group.bench_function("features, pass not ended", |b| {
         b.iter(|| {
             finished(device, || {

@@ -4,7 +4,7 @@
 
 mod common;
 
-use attention_distillation::{image, Adam, AdamConfig, Distiller, References, Result, Settings, Style};
+use attention_distillation::{image, Distiller, References, Result, Settings, Style};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -63,16 +63,15 @@ fn run(flags: &Flags) -> Result<PathBuf> {
     references.content = content.as_ref().map(|picture| model.encode(picture)).transpose()?;
 
     let mut extractor = model.extractor((height, width))?;
-    extractor.layers = settings.layers.unwrap_or(extractor.layers);
+    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
     let timesteps = model.timesteps(settings.steps)?;
-    let mut run = if references.content.is_some() {
+    let run = if references.content.is_some() {
         Distiller::style_transfer(extractor, timesteps, references, settings.content_weight)?
     } else {
         let noise = model.noise(1, (height, width), shared.seed)?;
         Distiller::new(extractor, timesteps, references, noise)
     };
-    run.optimizer = Adam::new(AdamConfig::with_learning_rate(settings.learning_rate));
-    run.iterations = settings.iterations;
+    let mut run = run.with_settings(&settings)?;
     common::follow(&mut run, &model, shared)?;
 
     let result = model.decode(&run.latents)?;

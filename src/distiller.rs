@@ -2,6 +2,7 @@
 
 use crate::optimizer::{copy, copy_state, state_on, OptimizerState};
 use crate::soundness::Soundness;
+use crate::Settings;
 use crate::{AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Optimizer, Progress, References, Result, TotalLoss};
 use tch::{Kind, Tensor};
 
@@ -9,12 +10,12 @@ use tch::{Kind, Tensor};
 /// `iterations` steps of the optimizer follow, and no noise is added.
 ///
 /// A run is pulled: each [`advance`](Self::advance) is one timestep. Stop calling to cancel; read or change any field
-/// between calls. **After an error the run stands exactly at its last finished step**, optimizer included, so that the
-/// same call may be made again (out of memory), or the run saved.
+/// between calls. **After an error of [`advance`](Self::advance) the run stands exactly at its last finished step**,
+/// optimizer included, so that the same call may be made again (out of memory), or the run saved.
 ///
-/// Infinite or NaN latents end the run with [`Error::NotFinite`]: on the CPU in the step that made them; on a GPU, where
-/// looking costs a wait, at the last step or when [`check`](Self::check) is called, with the latents of the last
-/// sound step and a fresh optimizer.
+/// Infinite or NaN latents end the run with [`Error::NotFinite`]: on the CPU in the step that made them, as any error. On
+/// a GPU looking costs a wait, so there they are found at the last step, by [`checkpoint`](Self::checkpoint), or when
+/// [`check`](Self::check) is called; the run is then back at its last sound step, but with a fresh optimizer.
 #[non_exhaustive]
 pub struct Distiller<D: Denoiser, O = Adam> {
     /// The network and its layers.
@@ -75,6 +76,19 @@ impl<D: Denoiser> Distiller<D> {
     }
 }
 
+impl<D: Denoiser> Distiller<D, Adam> {
+    /// Takes over what of a task's settings concerns a run that exists: iterations and learning rate.
+    ///
+    /// # Errors
+    /// As [`Settings::check`].
+    pub fn with_settings(mut self, settings: &Settings) -> Result<Self> {
+        settings.check()?;
+        self.iterations = settings.iterations;
+        self.optimizer.config.learning_rate = settings.learning_rate;
+        Ok(self)
+    }
+}
+
 impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// The same run with another optimizer.
     pub fn with_optimizer<P: Optimizer>(self, optimizer: P) -> Distiller<D, P> {
@@ -89,7 +103,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// References or latents that do not fit the network or one another; [`Error::NotFinite`]; libtorch's. The run
     /// then stands at its last finished step.
     pub fn advance(&mut self) -> Result<Option<Progress>> {
-        let Some(&timestep) = self.timesteps.get(self.step) else { return Ok(None) };
+        let Some(&timestep) = self.timesteps.get(self.step) else { return self.check().map(|()| None) };
         let references = self.extractor.references(&self.references, timestep)?;
         self.advance_towards(&references)
     }
@@ -99,7 +113,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// # Errors
     /// As [`advance`](Self::advance).
     pub fn advance_towards(&mut self, references: &References<Features>) -> Result<Option<Progress>> {
-        let Some(&timestep) = self.timesteps.get(self.step) else { return Ok(None) };
+        let Some(&timestep) = self.timesteps.get(self.step) else { return self.check().map(|()| None) };
         if self.iterations == 0 {
             return Err(Error::argument("iterations", "0 would leave the picture as it is; use at least 1"));
         }
@@ -113,7 +127,8 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
                 Ok(Some(Progress::new(self.step, self.timesteps.len(), timestep, Some(loss))))
             }
             Err(error) => {
-                self.optimizer.load_state(&before)?;
+                // Its own state, and nothing is allocated: what remains to be told is the first error.
+                let _ = self.optimizer.load_state(before);
                 Err(error)
             }
         }
@@ -121,7 +136,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
 
     /// The iterations of one timestep; replaces the latents only when all went well.
     fn descents(&mut self, timestep: f64, references: &References<Features>) -> Result<Tensor> {
-        let mut latents = copy(&self.latents)?;
+        let mut latents = copy(&self.latents.f_to_kind(Kind::Float)?)?;
         let mut loss = self.extractor.descend(&mut latents, timestep, references, &self.loss, &mut self.optimizer)?;
         for _ in 1..self.iterations {
             loss = self.extractor.descend(&mut latents, timestep, references, &self.loss, &mut self.optimizer)?;
@@ -143,20 +158,21 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         Err(Error::NotFinite { what: "latents", step, timestep })
     }
 
-    /// All that is left; returns the final latents.
+    /// All that is left; returns the final latents (another handle on [`latents`](Self::latents)).
     ///
     /// # Errors
-    /// As [`advance`](Self::advance). The run is gone then; call `advance` in a loop where it should survive.
-    pub fn finish(mut self) -> Result<Tensor> {
+    /// As [`advance`](Self::advance), after which the run can go on, too.
+    pub fn finish(&mut self) -> Result<Tensor> {
         while self.advance()?.is_some() {}
-        Ok(self.latents)
+        Ok(self.latents.shallow_clone())
     }
 
-    /// The run's state, in storage of its own.
+    /// The run's state, in storage of its own. Waits for a GPU.
     ///
     /// # Errors
-    /// libtorch's.
-    pub fn checkpoint(&self) -> Result<Checkpoint> {
+    /// As [`check`](Self::check): what is saved is sound.
+    pub fn checkpoint(&mut self) -> Result<Checkpoint> {
+        self.check()?;
         let optimizer: OptimizerState = copy_state(&self.optimizer.state()?)?;
         Ok(Checkpoint::new(self.step, self.timesteps.len(), copy(&self.latents)?, optimizer))
     }
@@ -164,8 +180,8 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// Goes on from a checkpoint of a run with the same settings, to the same picture.
     ///
     /// # Errors
-    /// A checkpoint of another number of steps, of latents of another shape, or of another optimizer; the run is then
-    /// as it was.
+    /// A checkpoint of another number of steps, of latents of another shape or that are not finite, or with a state that
+    /// this run's optimizer cannot take; the run is then as it was.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         if checkpoint.steps != self.timesteps.len() || checkpoint.step > checkpoint.steps {
             return Err(Error::argument(
@@ -178,7 +194,10 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         }
         let device = self.latents.device();
         let latents = copy(&checkpoint.latents.f_to_device(device)?.f_to_kind(Kind::Float)?)?;
-        self.optimizer.load_state(&state_on(&checkpoint.optimizer, device)?)?;
+        if latents.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            return Err(Error::argument("checkpoint", "its latents are infinite or NaN"));
+        }
+        self.optimizer.load_state(state_on(&checkpoint.optimizer, device)?)?;
         (self.latents, self.step, self.soundness) = (latents, checkpoint.step, Soundness::default());
         Ok(())
     }

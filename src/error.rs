@@ -105,7 +105,7 @@ pub enum Error {
         network: usize,
     },
 
-    /// The loss or the latents became infinite or NaN. The run's state is that before the step.
+    /// The loss or the latents became infinite or NaN. [`Distiller`](crate::Distiller) says what state the run is in then.
     #[error("the {what} became infinite or NaN in step {step} (timestep {timestep}); try a lower learning rate, or f32 or bf16 instead of f16")]
     NotFinite {
         /// `loss` or `latents`.
@@ -173,7 +173,7 @@ impl Error {
 
 /// CUDA says "out of memory", the CPU's allocator "can't allocate memory" or "not enough memory".
 fn says_out_of_memory(message: &str) -> bool {
-    ["out of memory", "can't allocate memory", "not enough memory"].iter().any(|words| message.contains(words))
+    ["out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED"].iter().any(|words| message.contains(words))
 }
 
 /// libtorch's messages go on with the frames of its C++ stack, which help nobody here.

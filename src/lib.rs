@@ -7,7 +7,7 @@
 //! # A picture in another's style
 #![cfg_attr(feature = "stable-diffusion", doc = "```no_run")]
 #![cfg_attr(not(feature = "stable-diffusion"), doc = "```ignore")]
-//! use attention_distillation::{device, image, Distiller, References, Result, StableDiffusion};
+//! use attention_distillation::{device, image, Distiller, References, Result, Settings, StableDiffusion};
 //!
 //! fn main() -> Result<()> {
 //!     // A folder in diffusers layout: unet/ vae/ text_encoder/ tokenizer/ scheduler/
@@ -18,12 +18,15 @@
 //!     let content = image::load_to_area("content.jpg", 512 * 512)?;
 //!     let style = image::load_to_area("style.jpg", 512 * 512)?;
 //!
+//!     // The authors' settings, or what the model's folder says instead.
+//!     let settings = model.settings(Settings::style_transfer())?;
 //!     let mut run = Distiller::style_transfer(
 //!         model.extractor(image::size(&content)?)?,
-//!         model.timesteps(200)?,
+//!         model.timesteps(settings.steps)?,
 //!         References::style(model.encode(&style)?).with_content(model.encode(&content)?),
-//!         0.25, // how much of the content's layout stays
-//!     )?;
+//!         settings.content_weight,
+//!     )?
+//!     .with_settings(&settings)?;
 //!     while let Some(progress) = run.advance()? {
 //!         eprint!("\r{}/{}", progress.step, progress.steps);
 //!     }
@@ -87,6 +90,7 @@ mod extractor;
 mod features;
 mod injection;
 mod loss;
+mod noise;
 mod optimizer;
 mod progress;
 mod reference;
@@ -110,6 +114,7 @@ pub use extractor::FeatureExtractor;
 pub use features::{FeatureRecorder, Features, LayerFeatures};
 pub use injection::KeyValueInjection;
 pub use loss::{AdLoss, ContentLoss, Loss, TotalLoss};
+pub use noise::seeded_noise;
 pub use optimizer::{Adam, AdamConfig, GradientDescent, Optimizer, OptimizerState};
 pub use progress::Progress;
 pub use reference::{References, Style};

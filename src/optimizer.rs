@@ -25,11 +25,12 @@ pub trait Optimizer {
     /// libtorch's.
     fn state(&self) -> Result<OptimizerState>;
 
-    /// Takes up a state of [`state`](Self::state); an empty one is a [`reset`](Self::reset). The tensors are copied.
+    /// Takes over a state of [`state`](Self::state), its tensors without copying them, so that going back needs no
+    /// memory; an empty one is a [`reset`](Self::reset).
     ///
     /// # Errors
-    /// A state that is not this optimizer's.
-    fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()>;
+    /// A state that is not this optimizer's; it is then as it was.
+    fn load_state(&mut self, state: OptimizerState) -> Result<()>;
 }
 
 /// Adam's settings; the defaults are the authors'.
@@ -121,10 +122,10 @@ impl Optimizer for Adam {
             }
             none => none.insert(Moments { mean: gradient.f_zeros_like()?, variance: gradient.f_zeros_like()? }),
         };
-        // The order of operations is torch's, so that the roundings are, too.
+        // In torch's order: equal to it but for roundings.
         let _ = mean.f_add_(&gradient.f_sub(mean)?.f_mul_(&number(1.0 - beta1)?)?)?;
         let _ = variance.f_mul_(&number(beta2)?)?.f_add_(&gradient.f_square()?.f_mul_(&number(1.0 - beta2)?)?)?;
-        self.steps += 1;
+        self.steps = self.steps.saturating_add(1);
         let correction1 = 1.0 - beta1.powf(self.steps as f64);
         let correction2 = 1.0 - beta2.powf(self.steps as f64);
         let denominator = variance.f_sqrt()?.f_div_(&number(correction2.sqrt())?)?.f_add_(&number(epsilon)?)?;
@@ -143,18 +144,17 @@ impl Optimizer for Adam {
         Ok(vec![("mean".into(), mean.shallow_clone()), ("variance".into(), variance.shallow_clone()), ("steps".into(), steps)])
     }
 
-    fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()> {
+    fn load_state(&mut self, state: OptimizerState) -> Result<()> {
         if state.is_empty() {
             self.reset();
             return Ok(());
         }
         let find = |name: &str| match state.iter().find(|(n, _)| n == name) {
-            Some((_, tensor)) => Ok(tensor),
+            Some((_, tensor)) => Ok(tensor.shallow_clone()),
             None => Err(Error::argument("optimizer state", format!("has no `{name}`; was it saved by Adam?"))),
         };
-        let (mean, variance) = (copy(find("mean")?)?, copy(find("variance")?)?);
+        let (mean, variance, steps) = (find("mean")?, find("variance")?, find("steps")?);
         same_shape(&mean, &variance)?;
-        let steps = find("steps")?;
         if steps.numel() != 1 {
             return Err(Error::shape("optimizer state `steps`", "one number", steps.size()));
         }
@@ -190,7 +190,7 @@ impl Optimizer for GradientDescent {
         Ok(vec![])
     }
 
-    fn load_state(&mut self, state: &[(String, Tensor)]) -> Result<()> {
+    fn load_state(&mut self, state: OptimizerState) -> Result<()> {
         if let Some((name, _)) = state.first() {
             return Err(Error::argument("optimizer state", format!("has `{name}`; gradient descent has none")));
         }
@@ -219,10 +219,8 @@ pub(crate) fn copy_state(state: &[(String, Tensor)]) -> Result<OptimizerState> {
     state.iter().map(|(name, tensor)| Ok((name.clone(), copy(tensor)?))).collect()
 }
 
-/// A loaded state on the latents' device; host-side counts (one number) stay.
+/// A loaded state in storage of its own on the latents' device; host-side counts (one number) stay.
 pub(crate) fn state_on(state: &[(String, Tensor)], device: Device) -> Result<OptimizerState> {
-    state
-        .iter()
-        .map(|(name, tensor)| Ok((name.clone(), if tensor.numel() == 1 { tensor.shallow_clone() } else { tensor.f_to_device(device)? })))
-        .collect()
+    let on = |tensor: &Tensor| if tensor.numel() == 1 { copy(tensor) } else { copy(&tensor.f_to_device(device)?) };
+    state.iter().map(|(name, tensor)| Ok((name.clone(), on(tensor)?))).collect()
 }

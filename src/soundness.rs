@@ -29,8 +29,8 @@ impl Soundness {
         }
         let sound = after.f_isfinite()?.f_all()?.f_logical_and(&loss.f_isfinite()?)?;
         let now = sound.f_logical_not()?.f_to_kind(Kind::Int64)?.f_mul(&integer(i64::try_from(step).unwrap_or(i64::MAX))?)?;
-        let unsound = match self.unsound.take() {
-            Some(earlier) => now.f_where_self(&earlier.f_eq_tensor(&integer(0)?)?, &earlier)?,
+        let unsound = match &self.unsound {
+            Some(earlier) => now.f_where_self(&earlier.f_eq_tensor(&integer(0)?)?, earlier)?,
             None => now,
         };
         let kept = after.f_where_self(&unsound.f_eq_tensor(&integer(0)?)?, before)?;

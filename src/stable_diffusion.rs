@@ -28,7 +28,7 @@ pub use unet::UNet;
 pub use vae::AutoencoderKl;
 
 use crate::scalar::WithNumber;
-use crate::{image, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Result, Scheduler, Settings};
+use crate::{image, seeded_noise, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Result, Scheduler, Settings};
 use settings::FolderSettings;
 use std::{ops::Range, path::Path};
 use tch::{Device, Kind, Tensor};
@@ -68,7 +68,9 @@ impl StableDiffusion {
             return Err(sdxl());
         }
         let settings = FolderSettings::open(folder)?;
-        let schedule = scheduler_config(folder.join("scheduler").join("scheduler_config.json"))?;
+        let mut schedule = scheduler_config(folder.join("scheduler").join("scheduler_config.json"))?;
+        // diffusers' pipeline sets these two for every latent model, whatever the file says.
+        (schedule.steps_offset, schedule.clip_sample) = (1, None);
         let (encoder, tokenizer) = (folder.join("text_encoder"), folder.join("tokenizer"));
         let text = if encoder.is_dir() {
             Some((ClipTokenizer::open(tokenizer)?, ClipTextModel::open(&encoder, device, kind)?))
@@ -133,8 +135,9 @@ impl StableDiffusion {
             settings.layers = Some(self.last_layers());
         }
         if settings.size.is_none() {
-            let side = self.unet.sample_size().unwrap_or(64).saturating_mul(self.vae.factor());
-            settings.size = Some((side, side));
+            let (height, width) = self.unet.sample_size().unwrap_or((64, 64));
+            let factor = self.vae.factor();
+            settings.size = Some((height.saturating_mul(factor), width.saturating_mul(factor)));
         }
         Ok(settings)
     }
@@ -230,20 +233,18 @@ impl StableDiffusion {
         Ok(FeatureExtractor::new(self, self.prompts(&[""], size)?, layers))
     }
 
-    /// Standard normal latents for a picture of `(height, width)` pixels, from libtorch's CPU generator under this
-    /// seed: the same as Python's `torch.manual_seed(seed); torch.randn(..)`, on every device.
+    /// Standard normal latents for a picture of `(height, width)` pixels, by [`seeded_noise`]: a seed gives what Python's
+    /// `torch.manual_seed(seed); torch.randn(..)` gives on the CPU, on every device.
     ///
     /// # Errors
-    /// As [`fit`](Self::fit).
-    pub fn noise(&self, batch: i64, size: (i64, i64), seed: i64) -> Result<Tensor> {
+    /// A batch below 1; as [`fit`](Self::fit).
+    pub fn noise(&self, batch: i64, size: (i64, i64), seed: u64) -> Result<Tensor> {
         if batch < 1 {
             return Err(Error::argument("batch", format!("{batch} is not at least 1")));
         }
         let (height, width) = self.fit(size)?;
         let factor = self.vae.factor();
-        tch::manual_seed(seed);
-        let shape = [batch, self.unet.in_channels(), height / factor, width / factor];
-        Ok(Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?.f_to_device(self.device)?)
+        Ok(seeded_noise(seed, &[batch, self.unet.in_channels(), height / factor, width / factor])?.f_to_device(self.device)?)
     }
 }
 

@@ -63,27 +63,27 @@ fn adams_state_makes_the_round_trip() {
     for step in 0..7 {
         adam.step(&mut z, &gradient(step)).unwrap();
     }
-    let saved: Vec<_> = adam.state().unwrap().into_iter().map(|(name, tensor)| (name, tensor.copy())).collect();
+    let copied = |state: &[(String, Tensor)]| -> Vec<_> { state.iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect() };
+    let saved = copied(&adam.state().unwrap());
     let names: Vec<_> = saved.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["mean", "variance", "steps"]);
     let mut other = z.copy();
     let mut loaded = Adam::default();
-    loaded.load_state(&saved).unwrap();
+    loaded.load_state(copied(&saved)).unwrap();
     for step in 7..12 {
         adam.step(&mut z, &gradient(step)).unwrap();
         loaded.step(&mut other, &gradient(step)).unwrap();
         assert_same(&z, &other);
     }
-    // The loaded tensors were copied: what was saved is still as it was, and loads again.
     let mut again = Adam::default();
-    again.load_state(&saved).unwrap();
+    again.load_state(copied(&saved)).unwrap();
     for ((_, kept), (_, now)) in saved.iter().zip(again.state().unwrap()) {
         assert_same(kept, &now);
     }
     let mut fresh = Adam::default();
     let (mut a, mut b) = (noise(1, &SHAPE), noise(1, &SHAPE));
     again.reset();
-    loaded.load_state(&[]).unwrap();
+    loaded.load_state(vec![]).unwrap();
     assert!(again.state().unwrap().is_empty() && loaded.state().unwrap().is_empty());
     fresh.step(&mut a, &gradient(3)).unwrap();
     again.step(&mut b, &gradient(3)).unwrap();
@@ -100,11 +100,11 @@ fn gradient_descent_is_one_subtraction() {
     descent.step(&mut z, &gradient(2)).unwrap();
     assert_same(&z, &(noise(1, &SHAPE) - gradient(1) * 0.5 - gradient(2) * 0.5));
     assert!(descent.state().unwrap().is_empty());
-    descent.load_state(&[]).unwrap();
+    descent.load_state(vec![]).unwrap();
     // Adam's memory would be lost without a word.
     let mut adam = Adam::default();
     adam.step(&mut z, &gradient(3)).unwrap();
-    let error = descent.load_state(&adam.state().unwrap());
+    let error = descent.load_state(adam.state().unwrap());
     assert!(matches!(error, Err(Error::Argument { .. })), "{error:?}");
 }
 
@@ -198,8 +198,9 @@ fn states_that_are_not_adams_are_refused() {
         let mut adam = Adam::default();
         adam.step(&mut noise(1, &SHAPE), &gradient(1)).unwrap();
         let before: Vec<_> = adam.state().unwrap().into_iter().map(|(_, tensor)| tensor.copy()).collect();
-        match adam.load_state(&state) {
-            Ok(()) => panic!("taken up: {state:?}"),
+        let shown = format!("{state:?}");
+        match adam.load_state(state) {
+            Ok(()) => panic!("taken up: {shown}"),
             Err(error) => assert!(error.to_string().contains(word), "{error}"),
         }
         for (was, (_, is)) in before.iter().zip(adam.state().unwrap()) {
@@ -208,5 +209,5 @@ fn states_that_are_not_adams_are_refused() {
     }
     // A count as a scalar, as other programs may store it, is a count all the same.
     let mut adam = Adam::default();
-    adam.load_state(&named(vec![("mean", moment()), ("variance", moment()), ("steps", Tensor::from(3i64))])).unwrap();
+    adam.load_state(named(vec![("mean", moment()), ("variance", moment()), ("steps", Tensor::from(3i64))])).unwrap();
 }

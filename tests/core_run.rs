@@ -352,7 +352,7 @@ fn style_transfer_needs_a_content_and_a_sound_weight() {
         assert!(matches!(make(references(), weight), Err(Error::Argument { argument: "content weight", .. })), "{weight}");
     }
     // 0 is the AD loss alone.
-    let alone = Distiller::new(extractor(&toy), times(2), references(), latents(8, 6, 8));
+    let mut alone = Distiller::new(extractor(&toy), times(2), references(), latents(8, 6, 8));
     assert_same(&make(references(), 0.0).unwrap().finish().unwrap(), &alone.finish().unwrap());
     // Without any style there is nothing to do.
     let none = References::styles([]).with_content(latents(8, 6, 8));

@@ -11,8 +11,8 @@ fn gpu(test: &str) -> Option<Device> {
     match device::parse("cuda") {
         Ok(device) => Some(device),
         Err(reason) => {
-            // Not `eprintln!`, which is shown for failed tests only.
-            writeln!(std::io::stderr(), "skipped: {test} needs a GPU: {reason}").unwrap();
+            // Not by `eprintln!`, which is shown for failed tests only.
+            std::io::stderr().write_all(format!("skipped: {test} needs a GPU: {reason}\n").as_bytes()).unwrap();
             None
         }
     }
@@ -83,7 +83,7 @@ fn a_run_ends_in_the_same_picture() {
     let picture = |device: Device| {
         let model = StableDiffusion::open(folder("assets/mini"), device, Kind::Float).unwrap();
         let references = References::style(model.encode(&style).unwrap()).with_content(model.encode(&content).unwrap());
-        let run = Distiller::style_transfer(model.extractor((64, 64)).unwrap(), model.timesteps(8).unwrap(), references, 0.2).unwrap();
+        let mut run = Distiller::style_transfer(model.extractor((64, 64)).unwrap(), model.timesteps(8).unwrap(), references, 0.2).unwrap();
         model.decode(&run.finish().unwrap()).unwrap().to_device(Device::Cpu)
     };
     let levels = (picture(device) - picture(Device::Cpu)).abs().mean(Kind::Float).double_value(&[]) * 255.0;

@@ -32,7 +32,7 @@ pub struct Shared {
     pub layers: Option<Range<usize>>,
     /// The same seed gives the same picture on the same device
     #[arg(long, value_name = "N", default_value_t = 42)]
-    pub seed: i64,
+    pub seed: u64,
     /// cpu, cuda or cuda:N; default: CUDA where there is a working one, else the CPU
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,

@@ -1,40 +1,45 @@
 //! Opening what `--model` names.
 
 use super::Shared;
-use attention_distillation::{Error, Result, StableDiffusion};
+use attention_distillation::{tch::Kind, Error, Result, StableDiffusion};
 use std::path::{Path, PathBuf};
 
 pub fn open(shared: &Shared) -> Result<StableDiffusion> {
     let device = shared.device()?;
-    StableDiffusion::open(folder(&shared.model)?, device, shared.kind(device)?)
+    let kind = shared.kind(device)?;
+    StableDiffusion::open(folder(&shared.model, kind)?, device, kind)
 }
 
 /// A folder as it is; a repo id is fetched.
-fn folder(model: &str) -> Result<PathBuf> {
+fn folder(model: &str, kind: Kind) -> Result<PathBuf> {
     if Path::new(model).exists() {
         return Ok(model.into());
     }
-    fetch(model)
+    fetch(model, kind)
 }
 
 #[cfg(feature = "hub")]
-fn fetch(model: &str) -> Result<PathBuf> {
+fn fetch(model: &str, kind: Kind) -> Result<PathBuf> {
     use attention_distillation::stable_diffusion::hub::{is_repo_id, Hub};
     if !is_repo_id(model) {
         return Err(missing(model, "there is no such folder, and it is no Hugging Face repo id"));
     }
-    let mut last = String::new();
-    let folder = Hub::new().fetch(model, &mut |download| {
-        if download.file != last {
-            last.clone_from(&download.file);
-            eprintln!("fetching {} ({:.1} MB)", download.file, download.total as f64 / 1e6);
-        }
-    })?;
-    Ok(folder)
+    // On a terminal a bar, else nothing: indicatif sees to it.
+    let bar = indicatif::ProgressBar::new(0);
+    if let Ok(style) = indicatif::ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {eta} left") {
+        bar.set_style(style);
+    }
+    let folder = Hub::new().with_half(kind == Kind::Half).fetch(model, &mut |download| {
+        bar.set_message(download.file.clone());
+        bar.set_length(download.total);
+        bar.set_position(download.done);
+    });
+    bar.finish_and_clear();
+    folder
 }
 
 #[cfg(not(feature = "hub"))]
-fn fetch(model: &str) -> Result<PathBuf> {
+fn fetch(model: &str, _: Kind) -> Result<PathBuf> {
     Err(missing(model, "there is no such folder; to fetch a Hugging Face repo, build with --features hub"))
 }
 

@@ -38,6 +38,7 @@ pub fn follow<D: Denoiser, O: Optimizer>(run: &mut Distiller<D, O>, model: &Stab
         // Asking for the loss makes a GPU wait, so not in every step of a long run.
         let shown = step == steps || step % (steps / 10).max(1) == 0;
         if shown || (bar.is_some() && model.device() == attention_distillation::tch::Device::Cpu) {
+            run.check()?;
             let loss = progress.loss()?.map_or(String::new(), |loss| format!("loss {loss:.4}"));
             match &bar {
                 Some(bar) => bar.set_message(loss),
@@ -46,9 +47,11 @@ pub fn follow<D: Denoiser, O: Optimizer>(run: &mut Distiller<D, O>, model: &Stab
         }
         bar.iter().for_each(|bar| bar.set_position(step as u64));
         if shared.preview.is_some_and(|every| step % every == 0 && step < steps) {
+            run.check()?;
             image::save(&model.decode(&run.latents)?, &shared.output)?;
         }
         if STOP.load(Ordering::Relaxed) && step < steps {
+            run.check()?;
             eprintln!("stopped after step {step} of {steps}");
             break;
         }

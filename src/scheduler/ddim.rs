@@ -171,7 +171,7 @@ impl Scheduler for Ddim {
         let next = if previous >= 0.0 { self.alpha(previous)? } else { self.final_alpha };
         let (signal, noise) = (a.sqrt(), (1.0 - a).sqrt());
         let mix = |x: &Tensor, wx: f64, y: &Tensor, wy: f64| -> Result<Tensor> { Ok(x.times(wx)?.f_add(&y.times(wy)?)?) };
-        let (mut clean, mut epsilon) = match self.prediction {
+        let (mut clean, epsilon) = match self.prediction {
             // At pure noise (signal 0) the noise says nothing of the picture, and this is infinite, as in diffusers.
             Prediction::Epsilon => (mix(latents, 1.0 / signal, prediction, -noise / signal)?, prediction.shallow_clone()),
             Prediction::Sample => (prediction.shallow_clone(), mix(latents, 1.0 / noise, prediction, -signal / noise)?),
@@ -179,9 +179,6 @@ impl Scheduler for Ddim {
         };
         if let Some(limit) = self.clip_sample {
             clean = clean.within(-limit, limit)?;
-            if self.prediction == Prediction::Sample {
-                epsilon = mix(latents, 1.0 / noise, prediction, -signal / noise)?;
-            }
         }
         mix(&clean, next.sqrt(), &epsilon, (1.0 - next).sqrt())
     }

@@ -36,6 +36,11 @@ impl Config {
         self.values.keys().map(String::as_str)
     }
 
+    /// Said to be null, where that means something else than to be absent.
+    pub(crate) fn is_null(&self, key: &str) -> bool {
+        self.values.get(key).is_some_and(Value::is_null)
+    }
+
     pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.values.get(key).filter(|value| !value.is_null())
     }
@@ -139,6 +144,15 @@ impl Config {
             Some(Value::Array(list)) if list.len() == blocks => list.iter().map(|value| self.as_count(key, value)).collect(),
             Some(value @ Value::Array(_)) => Err(self.wrong(key, value, &format!("it must be one number, or one for each of the {blocks} blocks"))),
             _ => Ok(vec![self.count(key, default)?; blocks]),
+        }
+    }
+
+    /// `norm_num_groups`, which must divide the channels of each block.
+    pub(crate) fn groups(&self, channels: &[i64]) -> Result<i64> {
+        let groups = self.count("norm_num_groups", 32)?;
+        match channels.iter().find(|c| *c % groups != 0) {
+            None => Ok(groups),
+            Some(odd) => Err(self.bad(format!("`norm_num_groups` is {groups}, which does not divide the {odd} channels of a block"))),
         }
     }
 

@@ -18,7 +18,7 @@ use std::{
 /// The longest wait for a repository's listing, and the most of it that is read: true ones are some kilobytes.
 const LISTING: (Duration, u64) = (Duration::from_secs(60), 32 << 20);
 
-/// Where models come from. What is not set here is as for every Hugging Face program: `HF_ENDPOINT`, the cache in
+/// Where models come from. What is not set here is taken from the environment: `HF_ENDPOINT`, the cache in
 /// `HF_HOME`, and the token of `HF_TOKEN` or of `hf auth login`.
 ///
 /// ```no_run
@@ -327,7 +327,7 @@ fn needed(has: &dyn Fn(&str) -> bool, half: bool) -> Result<Vec<String>, String>
         if !["vocab.json", "merges.txt"].iter().all(tokenizer) && !tokenizer(&"tokenizer.json") {
             return Err("has neither tokenizer/vocab.json and merges.txt nor tokenizer/tokenizer.json".into());
         }
-        let names = ["vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"];
+        let names = ["vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"];
         files.extend(names.iter().filter(|name| tokenizer(name)).map(|name| format!("tokenizer/{name}")));
     }
     let variants = if half { [".fp16", ""] } else { ["", ".fp16"] };
@@ -409,7 +409,7 @@ mod tests {
     fn only_what_is_read() {
         let files = select(SD15, false).unwrap();
         let expected = "model_index.json scheduler/scheduler_config.json unet/config.json vae/config.json text_encoder/config.json
-            tokenizer/vocab.json tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json
+            tokenizer/vocab.json tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/added_tokens.json
             unet/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.safetensors text_encoder/model.safetensors";
         assert_eq!(files, expected.split_whitespace().collect::<Vec<_>>());
     }

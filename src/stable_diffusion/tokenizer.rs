@@ -53,7 +53,9 @@ impl ClipTokenizer {
             None => Err(Error::Config { path: file.clone(), reason: format!("has no special token `{token}`") }),
         };
         let [begin, end, pad] = [id(&names.begin)?, id(&names.end)?, id(&names.pad)?];
-        let specials = vec![(names.begin, begin), (names.end, end), (names.pad, pad)];
+        let mut specials = vec![(names.begin, begin), (names.end, end), (names.pad, pad)];
+        // Words that a fine-tune was taught.
+        specials.extend(names.added);
         let mut tokenizer = tokenizer;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(refused(&file))?;
@@ -162,6 +164,8 @@ struct Names {
     begin: String,
     end: String,
     pad: String,
+    /// Beyond the vocabulary.
+    added: Vec<(String, i64)>,
     length: usize,
 }
 
@@ -181,8 +185,23 @@ impl Names {
             begin: find("bos_token", "<|startoftext|>"),
             pad: find("pad_token", &end),
             end,
+            added: added(folder)?,
             // Files say 1e30 for "no limit", but the positions end at 77.
             length: length.and_then(|n| usize::try_from(n).ok()).filter(|n| (3..=4096).contains(n)).unwrap_or(77),
         })
     }
+}
+
+/// `added_tokens.json`: words beyond the vocabulary and their ids.
+fn added(folder: &Path) -> Result<Vec<(String, i64)>> {
+    let path = folder.join("added_tokens.json");
+    if !path.is_file() {
+        return Ok(vec![]);
+    }
+    let config = Config::open(&path)?;
+    let id = |word: &str| {
+        let id = config.get(word).and_then(Value::as_i64).filter(|id| *id >= 0 && !word.is_empty());
+        id.map(|id| (word.to_owned(), id)).ok_or_else(|| config.bad(format!("`{word}` has no id")))
+    };
+    config.keys().map(id).collect()
 }

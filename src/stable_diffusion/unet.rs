@@ -33,7 +33,7 @@ pub struct UNet {
 /// What `config.json` says, as far as it is used after building.
 #[derive(Debug)]
 struct UNetConfig {
-    sample_size: Option<i64>,
+    sample_size: Option<(i64, i64)>,
     in_channels: i64,
     text_width: i64,
     center_input: bool,
@@ -80,8 +80,12 @@ impl UNet {
             ("time_embedding_type", json!("positional")),
             ("time_embedding_act_fn", json!(null)),
             ("timestep_post_act", json!(null)),
+            ("time_cond_proj_dim", json!(null)),
             ("mid_block_type", json!("UNetMidBlock2DCrossAttn")),
         ])?;
+        if config.is_null("mid_block_type") {
+            return Err(config.bad("`mid_block_type` is null; networks without a mid block are not supported"));
+        }
         let channels = config.counts("block_out_channels")?;
         let blocks = channels.len();
         let down_types = config.choices("down_block_types", DOWN)?;
@@ -94,10 +98,7 @@ impl UNet {
             [only] => (*only, *only),
             [] => return Err(config.bad("`block_out_channels` is empty")),
         };
-        let groups = config.count("norm_num_groups", 32)?;
-        if let Some(odd) = channels.iter().find(|c| *c % groups != 0) {
-            return Err(config.bad(format!("`norm_num_groups` is {groups}, which does not divide the {odd} channels of a block")));
-        }
+        let groups = config.groups(&channels)?;
         // The config's name says dim, but for these networks it has always been the number of heads.
         let key = if config.get("num_attention_heads").is_some() { "num_attention_heads" } else { "attention_head_dim" };
         let heads = config.per_block(key, 8, blocks)?;
@@ -163,7 +164,7 @@ impl UNet {
             norm_out: GroupNorm::new(&at.at("conv_norm_out"), groups, first, epsilon)?,
             conv_out: Conv2d::new(&at.at("conv_out"), first, config.count("out_channels", 4)?, odd_kernel(config, "conv_out_kernel")?)?,
             config: UNetConfig {
-                sample_size: config.get("sample_size").map(|_| config.count("sample_size", 64)).transpose()?,
+                sample_size: sample_size(config)?,
                 in_channels,
                 text_width: pick(&texts, 0),
                 center_input: config.flag("center_input_sample", false)?,
@@ -192,8 +193,8 @@ impl UNet {
         self.config.text_width
     }
 
-    /// The side, in latents, of the pictures that it was trained on, where its configuration says so.
-    pub fn sample_size(&self) -> Option<i64> {
+    /// Height and width, in latents, of the pictures that it was trained on, where its configuration says so.
+    pub fn sample_size(&self) -> Option<(i64, i64)> {
         self.config.sample_size
     }
 
@@ -272,7 +273,8 @@ impl Denoiser for UNet {
     type Condition = Condition;
 
     fn forward(&self, latents: &Tensor, timestep: f64, condition: &Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
-        let timestep = Tensor::f_from_slice(&[timestep])?.f_to_kind(Kind::Float)?;
+        // Made on the device: copying a number there would wait for all that is under way.
+        let timestep = Tensor::f_ones([1], (Kind::Float, self.device))?.times(timestep)?;
         self.forward_at(latents, &timestep, condition, hook)
     }
 }
@@ -302,8 +304,8 @@ fn add_embedding(config: &Config, at: &Scope<'_>, time: Sinusoid, time_width: i6
         )));
     }
     check_shift(config, width)?;
-    let activation = config.choice("act_fn", "silu", Activation::NAMES)?;
-    Ok(Some((Sinusoid { width, ..time }, Embedding::new(&at.at("add_embedding"), inputs, time_width, activation)?)))
+    // SiLU whatever the blocks' activation is.
+    Ok(Some((Sinusoid { width, ..time }, Embedding::new(&at.at("add_embedding"), inputs, time_width, Activation::Silu)?)))
 }
 
 /// Half the width is divided by after the shift.
@@ -313,6 +315,18 @@ fn check_shift(config: &Config, width: i64) -> Result<()> {
         Ok(())
     } else {
         Err(config.bad(format!("`freq_shift` is {shift}; it must be below {}, half the width of the time embedding", width / 2)))
+    }
+}
+
+/// One number for both sides, or a pair.
+fn sample_size(config: &Config) -> Result<Option<(i64, i64)>> {
+    match config.get("sample_size") {
+        None => Ok(None),
+        Some(serde_json::Value::Array(_)) => match config.counts("sample_size")?.as_slice() {
+            &[height, width] => Ok(Some((height, width))),
+            other => Err(config.bad(format!("`sample_size` is {other:?}; it must be one number, or two"))),
+        },
+        Some(_) => config.count("sample_size", 64).map(|side| Some((side, side))),
     }
 }
 

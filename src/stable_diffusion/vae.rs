@@ -26,8 +26,8 @@ pub struct AutoencoderKl {
 }
 
 impl AutoencoderKl {
-    /// From a folder with `config.json` and `diffusion_pytorch_model.safetensors`. Where the configuration says
-    /// `force_upcast`, half precisions would overflow and f32 is used instead of `kind`.
+    /// From a folder with `config.json` and `diffusion_pytorch_model.safetensors`. Unless the configuration
+    /// says `force_upcast: false`, half precisions may overflow and f32 is used instead of `kind`.
     ///
     /// # Errors
     /// As [`UNet::open`](super::UNet::open).
@@ -35,7 +35,7 @@ impl AutoencoderKl {
         let _guard = tch::no_grad_guard();
         let folder = folder.as_ref();
         let config = Config::open(&folder.join("config.json"))?;
-        let kind = if config.flag("force_upcast", false)? { Kind::Float } else { kind };
+        let kind = if config.flag("force_upcast", true)? { Kind::Float } else { kind };
         let weights = Weights::open(folder, "diffusion_pytorch_model", kind == Kind::Half, device, kind)?;
         let vae = Self::build(&config, &weights.root(), kind)?;
         weights.report();
@@ -50,10 +50,7 @@ impl AutoencoderKl {
         if down != channels.len() || up != channels.len() || channels.len() > 16 {
             return Err(config.bad(format!("names {down} down and {up} up blocks for {} `block_out_channels` (at most 16)", channels.len())));
         }
-        let groups = config.count("norm_num_groups", 32)?;
-        if let Some(odd) = channels.iter().find(|c| *c % groups != 0) {
-            return Err(config.bad(format!("`norm_num_groups` is {groups}, which does not divide the {odd} channels of a block")));
-        }
+        let groups = config.groups(&channels)?;
         let shape = Shape {
             layers: config.count("layers_per_block", 1)?,
             attention: config.flag("mid_block_add_attention", true)?,
@@ -157,7 +154,6 @@ struct Encoder {
     mid: Mid,
     norm_out: GroupNorm,
     conv_out: Conv2d,
-    activation: Activation,
 }
 
 impl Encoder {
@@ -177,7 +173,6 @@ impl Encoder {
             mid: Mid::new(&at.at("mid_block"), last, shape)?,
             norm_out: GroupNorm::new(&at.at("conv_norm_out"), shape.resnet.groups, last, shape.resnet.epsilon)?,
             conv_out: Conv2d::new(&at.at("conv_out"), last, 2 * shape.latents, 3)?,
-            activation: shape.resnet.activation,
         })
     }
 
@@ -192,7 +187,8 @@ impl Encoder {
             }
         }
         let x = self.mid.forward(&x)?;
-        self.conv_out.forward(&self.activation.forward(&self.norm_out.forward(&x)?)?)
+        // SiLU whatever the blocks' activation is.
+        self.conv_out.forward(&Activation::Silu.forward(&self.norm_out.forward(&x)?)?)
     }
 }
 
@@ -203,7 +199,6 @@ struct Decoder {
     levels: Vec<Level<Upsample>>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
-    activation: Activation,
 }
 
 impl Decoder {
@@ -223,7 +218,6 @@ impl Decoder {
             levels,
             norm_out: GroupNorm::new(&at.at("conv_norm_out"), shape.resnet.groups, first, shape.resnet.epsilon)?,
             conv_out: Conv2d::new(&at.at("conv_out"), first, shape.pixels, 3)?,
-            activation: shape.resnet.activation,
         })
     }
 
@@ -238,7 +232,8 @@ impl Decoder {
                 x = upsample.forward(&x, (2 * height, 2 * width))?;
             }
         }
-        self.conv_out.forward(&self.activation.forward(&self.norm_out.forward(&x)?)?)
+        // SiLU whatever the blocks' activation is.
+        self.conv_out.forward(&Activation::Silu.forward(&self.norm_out.forward(&x)?)?)
     }
 }
 

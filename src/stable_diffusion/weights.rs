@@ -44,7 +44,9 @@ impl Weights {
             }
         }
         let file = folder.join(format!("{stem}.safetensors"));
-        let pickle = ["bin", "pt", "ckpt"].iter().any(|extension| folder.join(format!("{stem}.{extension}")).exists());
+        let pickle = [stem, "pytorch_model"]
+            .iter()
+            .any(|stem| ["bin", "pt", "ckpt"].iter().any(|extension| folder.join(format!("{stem}.{extension}")).exists()));
         let reason = match (pickle, folder.is_dir()) {
             (true, _) => "is missing, there is only a pickle, which is not read because it can run code; save the model with safe_serialization=True",
             (false, true) => "is missing; fetch the model's weights (see weights.md)",
