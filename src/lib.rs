@@ -90,6 +90,7 @@ mod extractor;
 mod features;
 mod injection;
 mod loss;
+mod memory;
 mod noise;
 mod optimizer;
 mod progress;

@@ -5,6 +5,9 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Rgb, RgbImage,
 use std::{io::Cursor, path::Path};
 use tch::Tensor;
 
+/// While a picture becomes a tensor it is there as bytes and as f32, some of them twice.
+const BYTES_PER_PIXEL: i64 = 36;
+
 /// Reads PNG, JPEG, WebP, BMP, TIFF or GIF (its first frame), told apart by their content; turned as the camera's
 /// orientation tag says; transparency laid over white. Returns `(1, 3, height, width)`, values 0 to 1.
 ///
@@ -24,6 +27,8 @@ pub fn load(path: impl AsRef<Path>) -> Result<Tensor> {
     let mut decoder = reader.into_decoder().map_err(|error| bad(unreadable(&error)))?;
     let (width, height) = decoder.dimensions();
     super::check_size((height.into(), width.into())).map_err(|error| bad(error.to_string()))?;
+    crate::memory::check(i64::from(width).saturating_mul(height.into()).saturating_mul(BYTES_PER_PIXEL), (height.into(), width.into()))
+        .map_err(|error| bad(error.to_string()))?;
     // A picture without the tag, or with a damaged one, is upright.
     let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
     let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| bad(unreadable(&error)))?;

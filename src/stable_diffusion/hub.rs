@@ -1,14 +1,17 @@
 //! Models from the Hugging Face hub: the few files that [`StableDiffusion::open`](crate::StableDiffusion::open) reads, in
 //! the cache that Hugging Face's own programs share.
 
+mod selection;
+
 use crate::{Error, Result};
 use hf_hub::{
     api::sync::{Api, ApiBuilder, ApiError, ApiRepo},
     Cache, Repo, RepoType,
 };
+use selection::{needed, shards};
 use serde::Deserialize;
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs,
     io::Read,
     path::{Component, Path, PathBuf},
@@ -303,60 +306,6 @@ fn why(error: ApiError) -> String {
     format!("{text}{advice}")
 }
 
-/// The files to fetch of a repository that has those for which `has` is true, in the order of use; of weights in several
-/// files the index, which leads to the others (see [`shards`]). An error says what the repository lacks.
-fn needed(has: &dyn Fn(&str) -> bool, half: bool) -> Result<Vec<String>, String> {
-    if has("text_encoder_2/config.json") {
-        return Err("is an SDXL model; prompts by two text encoders are not supported yet".into());
-    }
-    let mut files = ["model_index.json", "attention_distillation.json"].into_iter().filter(|file| has(file)).map(str::to_owned).collect::<Vec<_>>();
-    let mut networks = vec![("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")];
-    let mut configs = vec!["scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"];
-    if has("text_encoder/config.json") {
-        networks.push(("text_encoder", "model"));
-        configs.push("text_encoder/config.json");
-    }
-    for config in configs {
-        if !has(config) {
-            return Err(format!("has no {config}, so it is no Stable Diffusion model in diffusers layout"));
-        }
-        files.push(config.to_owned());
-    }
-    if has("text_encoder/config.json") {
-        let tokenizer = |name: &&str| has(&format!("tokenizer/{name}"));
-        if !["vocab.json", "merges.txt"].iter().all(tokenizer) && !tokenizer(&"tokenizer.json") {
-            return Err("has neither tokenizer/vocab.json and merges.txt nor tokenizer/tokenizer.json".into());
-        }
-        let names = ["vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"];
-        files.extend(names.iter().filter(|name| tokenizer(name)).map(|name| format!("tokenizer/{name}")));
-    }
-    let variants = if half { [".fp16", ""] } else { ["", ".fp16"] };
-    for (folder, stem) in networks {
-        let kinds = |variant| [format!("{folder}/{stem}{variant}.safetensors"), format!("{folder}/{stem}.safetensors.index{variant}.json")];
-        let Some(file) = variants.iter().flat_map(kinds).find(|file| has(file)) else {
-            return Err(format!("has no safetensors weights of the {folder} ({folder}/{stem}.safetensors); pickles (.bin, .ckpt) are not read"));
-        };
-        files.push(file);
-    }
-    Ok(files)
-}
-
-/// The files of weights that a file at `path` names, if it is an index of such.
-fn shards(file: &str, path: &Path) -> Result<Vec<String>, String> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let Some((folder, _)) = file.split_once('/').filter(|(_, name)| name.contains(".safetensors.index")) else { return Ok(vec![]) };
-    let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let index: Index = serde_json::from_str(&text).map_err(|error| format!("{file} is no index of weights: {error}"))?;
-    let names = index.weight_map.values().collect::<BTreeSet<_>>();
-    match names.iter().find(|name| !is_plain(name) || !name.ends_with(".safetensors")) {
-        Some(bad) => Err(format!("refused: {file} names {bad:?}, which is not a safetensors file beside it")),
-        None => Ok(names.iter().map(|name| format!("{folder}/{name}")).collect()),
-    }
-}
-
 /// The folder of a model that was fetched before; else what it lacks, where there is something of it.
 fn cached(folder: &Path, revision: &str, half: bool) -> Result<PathBuf, Option<String>> {
     let commit = fs::read_to_string(folder.join("refs").join(revision)).unwrap_or_else(|_| revision.to_owned());
@@ -383,92 +332,6 @@ fn cached(folder: &Path, revision: &str, half: bool) -> Result<PathBuf, Option<S
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// As of the oldest repositories, with every kind of file that one of them has.
-    const SD15: &str = "
-        .gitattributes README.md model_index.json v1-5-pruned.ckpt v1-5-pruned-emaonly.safetensors v1-inference.yaml
-        feature_extractor/preprocessor_config.json scheduler/scheduler_config.json
-        safety_checker/config.json safety_checker/model.safetensors safety_checker/model.fp16.safetensors safety_checker/pytorch_model.bin
-        text_encoder/config.json text_encoder/model.safetensors text_encoder/model.fp16.safetensors
-        text_encoder/pytorch_model.bin text_encoder/pytorch_model.fp16.bin text_encoder/flax_model.msgpack
-        text_encoder/openvino_model.bin text_encoder/openvino_model.xml text_encoder/model.onnx
-        tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/vocab.json tokenizer/added_tokens.json
-        unet/config.json unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.fp16.bin
-        unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.fp16.safetensors
-        unet/diffusion_pytorch_model.non_ema.bin unet/diffusion_pytorch_model.non_ema.safetensors
-        unet/diffusion_flax_model.msgpack unet/openvino_model.bin unet/openvino_model.xml unet/model.onnx unet/weights.pb
-        vae/config.json vae/diffusion_pytorch_model.bin vae/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.fp16.bin
-        vae_decoder/model.onnx vae_encoder/model.onnx vae_decoder/openvino_model.bin";
-
-    fn select(listing: &str, half: bool) -> Result<Vec<String>, String> {
-        let names = listing.split_whitespace().collect::<BTreeSet<_>>();
-        needed(&|file| names.contains(file), half)
-    }
-
-    #[test]
-    fn only_what_is_read() {
-        let files = select(SD15, false).unwrap();
-        let expected = "model_index.json scheduler/scheduler_config.json unet/config.json vae/config.json text_encoder/config.json
-            tokenizer/vocab.json tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/added_tokens.json
-            unet/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.safetensors text_encoder/model.safetensors";
-        assert_eq!(files, expected.split_whitespace().collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn half_where_there_is_one() {
-        let files = select(SD15, true).unwrap();
-        let weights = files.iter().filter(|file| file.ends_with(".safetensors")).collect::<Vec<_>>();
-        let expected =
-            ["unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.fp16.safetensors"];
-        assert_eq!(weights, expected.iter().collect::<Vec<_>>());
-        let only_half = SD15.replace("unet/diffusion_pytorch_model.safetensors", "");
-        assert!(select(&only_half, false).unwrap().contains(&"unet/diffusion_pytorch_model.fp16.safetensors".to_owned()));
-    }
-
-    #[test]
-    fn weights_in_several_files() {
-        let sharded = SD15.replace("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json");
-        assert!(select(&sharded, false).unwrap().contains(&"unet/diffusion_pytorch_model.safetensors.index.json".to_owned()));
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("index.json");
-        let named = |name: &str| {
-            fs::write(&path, format!(r#"{{"metadata": {{"total_size": 3}}, "weight_map": {{"a": "b-1.safetensors", "c": {name:?}}}}}"#)).unwrap();
-            shards("unet/m.safetensors.index.fp16.json", &path)
-        };
-        assert_eq!(named("b-2.safetensors").unwrap(), ["unet/b-1.safetensors", "unet/b-2.safetensors"]);
-        for hostile in ["../c.safetensors", "/c.safetensors", "d/c.safetensors", "c.bin", "", "c?.safetensors", "c%2F.safetensors"] {
-            assert!(named(hostile).unwrap_err().contains("refused"), "{hostile}");
-        }
-        fs::write(&path, "{}").unwrap();
-        assert!(shards("unet/m.safetensors.index.json", &path).unwrap_err().contains("weight_map"));
-        assert_eq!(shards("unet/config.json", &path).unwrap(), [""; 0]);
-    }
-
-    #[test]
-    fn what_a_repository_lacks() {
-        let lacks = |name: &str| select(&SD15.replace(name, " "), false).unwrap_err();
-        let pickles = SD15.replace("unet/diffusion_pytorch_model.safetensors", "").replace("unet/diffusion_pytorch_model.fp16.safetensors", "");
-        assert!(select(&pickles, false).unwrap_err().contains("no safetensors weights of the unet"));
-        assert!(lacks("vae/diffusion_pytorch_model.safetensors").contains("no safetensors weights of the vae"));
-        assert!(lacks("unet/config.json").contains("unet/config.json"));
-        assert!(lacks("scheduler/scheduler_config.json").contains("scheduler"));
-        assert!(lacks("tokenizer/merges.txt").contains("tokenizer.json"));
-        assert!(select("README.md model.ckpt", false).unwrap_err().contains("diffusers"));
-        assert!(select(&format!("{SD15} text_encoder_2/config.json"), false).unwrap_err().contains("SDXL"));
-        let fast = SD15.replace("tokenizer/merges.txt", "tokenizer/tokenizer.json").replace("tokenizer/vocab.json", "");
-        assert!(select(&fast, false).unwrap().contains(&"tokenizer/tokenizer.json".to_owned()));
-    }
-
-    /// As the bundled model.
-    #[test]
-    fn no_text_encoder() {
-        let listing = "attention_distillation.json unet/config.json unet/diffusion_pytorch_model.safetensors
-            vae/config.json vae/diffusion_pytorch_model.safetensors scheduler/scheduler_config.json";
-        let (mut files, mut all) = (select(listing, false).unwrap(), listing.split_whitespace().collect::<Vec<_>>());
-        files.sort();
-        all.sort();
-        assert_eq!(files, all);
-    }
 
     #[test]
     fn names() {

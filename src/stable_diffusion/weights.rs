@@ -32,16 +32,9 @@ impl Weights {
     /// From `folder`, whose file is `stem.safetensors`, or `stem.safetensors.index.json` with its shards, or either of
     /// the two with `.fp16` in the name; `half` says which to take where there are both.
     pub(crate) fn open(folder: &Path, stem: &str, half: bool, device: Device, kind: Kind) -> Result<Self> {
-        let variants = if half { [".fp16", ""] } else { ["", ".fp16"] };
-        for variant in variants {
-            let single = folder.join(format!("{stem}{variant}.safetensors"));
-            if single.is_file() {
-                return Self::of(vec![single], device, kind);
-            }
-            let index = folder.join(format!("{stem}.safetensors.index{variant}.json"));
-            if index.is_file() {
-                return Self::of(shards(&index)?, device, kind);
-            }
+        if let Some(file) = file_names(stem, half).map(|name| folder.join(name)).find(|file| file.is_file()) {
+            let single = file.extension().is_some_and(|extension| extension == "safetensors");
+            return Self::of(if single { vec![file] } else { shards(&file)? }, device, kind);
         }
         let file = folder.join(format!("{stem}.safetensors"));
         let pickle = [stem, "pytorch_model"]
@@ -128,8 +121,14 @@ fn map(path: &Path) -> Result<Mmap> {
     unsafe { Mmap::map(&file) }.map_err(Error::io(path))
 }
 
+/// What a network's weights, or the index of their files, may be called: the first that exists is taken.
+pub(crate) fn file_names(stem: &str, half: bool) -> impl Iterator<Item = String> + '_ {
+    let variants = if half { [".fp16", ""] } else { ["", ".fp16"] };
+    variants.into_iter().flat_map(move |variant| [format!("{stem}{variant}.safetensors"), format!("{stem}.safetensors.index{variant}.json")])
+}
+
 /// The files that an index names, all beside it.
-fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn shards(index: &Path) -> Result<Vec<PathBuf>> {
     let config = Config::open(index)?;
     let names = config.get("weight_map").and_then(|map| map.as_object()).ok_or_else(|| config.bad("has no `weight_map`"))?;
     let mut files = BTreeSet::new();

@@ -1,0 +1,26 @@
+//! Whether a picture's size can fit at all: on a CPU the system would end the program without a word.
+
+use crate::{Error, Result};
+
+/// Refuses what needs more bytes than this machine has free, where the system tells. GPUs say so themselves.
+pub(crate) fn check(needed: i64, (height, width): (i64, i64)) -> Result<()> {
+    match available() {
+        Some(free) if needed > free => {
+            let gib = |bytes: i64| bytes as f64 / f64::from(1 << 30);
+            let reason = format!(
+                "{width}x{height} needs more than {:.1} GiB of memory, of which {:.1} GiB are free; choose a smaller one",
+                gib(needed),
+                gib(free)
+            );
+            Err(Error::argument("size", reason))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// In bytes.
+fn available() -> Option<i64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<i64>().ok()?.checked_mul(1024)
+}
