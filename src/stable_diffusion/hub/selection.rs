@@ -55,7 +55,7 @@ pub(super) fn shards(file: &str, path: &Path) -> Result<Vec<String>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
+    use std::{collections::BTreeSet, fs};
 
     /// As of the oldest repositories, with every kind of file that one of them has.
     const SD15: &str = "
