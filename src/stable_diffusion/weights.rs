@@ -136,7 +136,7 @@ pub(crate) fn shards(index: &Path) -> Result<Vec<PathBuf>> {
         let name = file.as_str().ok_or_else(|| config.bad("`weight_map` holds something else than file names"))?;
         let plain = matches!(Path::new(name).components().collect::<Vec<_>>().as_slice(), [Component::Normal(_)]);
         if !plain || !name.ends_with(".safetensors") {
-            return Err(config.bad(format!("names `{name}`, which is not a safetensors file beside it")));
+            return Err(config.bad(format!("refused: it names `{name}`, which is not a safetensors file beside it")));
         }
         files.insert(index.with_file_name(name));
     }
