@@ -76,8 +76,8 @@
 //!
 //! # libtorch
 //! tch 0.24 wants libtorch 2.11.0. CUDA is opened at run time by [`device::best`] and [`device::parse`]: ask these before any
-//! other CUDA query, no linker flags are needed. Where other programs use the same cores, run with
-//! `OMP_WAIT_POLICY=passive`: libtorch's threads spin while they wait, which then costs a factor of five and more.
+//! other CUDA query, no linker flags are needed. On a CPU that other programs use, too, run with `OMP_WAIT_POLICY=passive`:
+//! libtorch's threads spin while they wait, which made a step ten times slower there, and a quarter faster where none did.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods))]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
