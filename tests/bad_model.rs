@@ -11,11 +11,12 @@ use attention_distillation::{
 };
 use model_copy::{header_length, ModelCopy, Safetensors, TEXT, UNET, VAE};
 use serde_json::{json, Value};
+use std::cell::RefCell;
 use std::fs;
 use std::io::Write;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
@@ -1173,12 +1174,16 @@ fn good_settings_of_a_folder() {
 
 // ---- what is told through tracing
 
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
+thread_local! {
+    /// What this thread was told while it listened.
+    static HEARD: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
+}
 
-impl Write for Log {
+struct Ear;
+
+impl Write for Ear {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
+        HEARD.with_borrow_mut(|heard| heard.iter_mut().for_each(|heard| heard.extend_from_slice(bytes)));
         Ok(bytes.len())
     }
 
@@ -1187,14 +1192,20 @@ impl Write for Log {
     }
 }
 
-/// What `work` tells, and what it returns.
+/// What `work` tells at this level or above, and what it returns. One subscriber serves all threads for good: levels
+/// are process-wide, and those of a subscriber for a while would be lost to tests on other threads.
 fn told<T>(level: tracing::Level, work: impl FnOnce() -> T) -> (String, T) {
-    let log = Log::default();
-    let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt().with_max_level(level).with_ansi(false).with_writer(move || writer.clone()).finish();
-    let outcome = tracing::subscriber::with_default(subscriber, work);
-    let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-    (text, outcome)
+    static LISTEN: Once = Once::new();
+    LISTEN.call_once(|| {
+        let everything = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false).with_writer(|| Ear).finish();
+        tracing::subscriber::set_global_default(everything).unwrap();
+    });
+    HEARD.set(Some(vec![]));
+    let outcome = work();
+    let text = String::from_utf8(HEARD.take().unwrap()).unwrap();
+    let levels = [tracing::Level::ERROR, tracing::Level::WARN, tracing::Level::INFO, tracing::Level::DEBUG];
+    let wanted = |line: &str| levels.iter().filter(|l| **l <= level).any(|l| line.contains(&format!(" {l} ")));
+    (text.lines().filter(|line| wanted(line)).map(|line| format!("{line}\n")).collect(), outcome)
 }
 
 #[test]
