@@ -4,7 +4,7 @@
 
 mod common;
 
-use attention_distillation::{image, Distiller, References, Result, Settings, Style};
+use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -17,7 +17,7 @@ struct Flags {
     /// A picture whose style to take; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     style: Vec<PathBuf>,
-    /// Optimise the content's latents, or sample towards the style
+    /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
     #[command(flatten)]
@@ -35,46 +35,48 @@ fn main() -> ExitCode {
     common::report(run(&Flags::parse()))
 }
 
-fn run(flags: &Flags) -> Result<PathBuf> {
+fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let shared = &flags.shared;
-    if flags.method == Method::Sample {
-        return Err(common::not_yet("--method", "sample", "use --method optimise"));
-    }
-    shared.over(Settings::style_transfer())?;
+    let task = match flags.method {
+        Method::Optimise => Settings::style_transfer(),
+        Method::Sample => Settings::style_transfer_by_sampling(),
+    };
+    shared.over(task.clone())?;
     common::check_outputs(shared)?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
 
     let model = common::open(shared)?;
-    let settings = shared.over(model.settings(Settings::style_transfer())?)?;
+    let settings = shared.over(model.settings(task)?)?;
     // The content's own size, unless a flag says otherwise.
     let natural = match (&content, shared.size) {
         (Some(content), None) => Some(image::size(content)?),
         _ => settings.size,
     };
-    let (height, width) = model.fit(natural.unwrap_or((512, 512)))?;
+    let size = model.fit(natural.unwrap_or((512, 512)))?;
+    let content = content.map(|picture| image::resize(&picture, size)).transpose()?;
+    let styles = common::scaled_to_area(&model, &styles, size)?;
+    let references = common::references(&model, &styles, content.as_ref())?;
 
-    let content = content.map(|picture| image::resize(&picture, (height, width))).transpose()?;
-    let factor = model.vae().factor();
-    let styles = styles.iter().map(|picture| image::resize(picture, image::size_of_area(image::size(picture)?, height * width, factor)?));
-    let styles = styles.collect::<Result<Vec<_>>>()?;
-
-    let mut references = References::styles(styles.iter().map(|picture| Ok(Style::new(model.encode(picture)?))).collect::<Result<Vec<_>>>()?);
-    references.content = content.as_ref().map(|picture| model.encode(picture)).transpose()?;
-
-    let mut extractor = model.extractor((height, width))?;
+    let mut extractor = model.extractor(size)?;
     extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
-    let timesteps = model.timesteps(settings.steps)?;
-    let run = if references.content.is_some() {
-        Distiller::style_transfer(extractor, timesteps, references, settings.content_weight)?
+    let mut noise = Noise::seeded(shared.seed);
+    let files = common::files(shared, 1);
+    let (result, _) = if flags.method == Method::Sample {
+        let start = model.noise(1, size, &mut noise)?;
+        let guidance = model.guidance(&[""], None, settings.guidance, size)?;
+        let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start);
+        common::follow(&mut run.with_settings(&settings)?.with_noise(noise), &model, shared, &files)?
     } else {
-        let noise = model.noise(1, (height, width), shared.seed)?;
-        Distiller::new(extractor, timesteps, references, noise)
+        let timesteps = model.timesteps(settings.steps)?;
+        let run = if references.content.is_some() {
+            Distiller::style_transfer(extractor, timesteps, references, settings.content_weight)?
+        } else {
+            Distiller::new(extractor, timesteps, references, model.noise(1, size, &mut noise)?)
+        };
+        common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
     };
-    let mut run = run.with_settings(&settings)?;
-    common::follow(&mut run, &model, shared)?;
-
-    let result = model.decode(&run.latents)?;
-    let inputs: Vec<_> = content.iter().chain(&styles).collect();
-    common::write(shared, &inputs, &result)
+    common::save(&result, &files)?;
+    common::sheet(shared, &content.iter().chain(&styles).collect::<Vec<_>>(), &[result])?;
+    Ok(files)
 }

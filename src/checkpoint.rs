@@ -1,6 +1,7 @@
 //! A run's state as a file.
 
-use crate::{optimizer::OptimizerState, tensor_file, Error, Result};
+use crate::optimizer::{copy, copy_state, OptimizerState};
+use crate::{tensor_file, Error, Result};
 use std::path::Path;
 use tch::{Kind, Tensor};
 
@@ -16,14 +17,43 @@ pub struct Checkpoint {
     pub latents: Tensor,
     /// The optimizer's state.
     pub optimizer: OptimizerState,
+    /// Where the run's noise was, if it draws any: see [`Noise::state`](crate::Noise::state).
+    pub noise: Option<Tensor>,
 }
 
 /// Before the names of the optimizer's tensors in the file.
 const OPTIMIZER: &str = "optimizer.";
 
+/// The name of the noise's state there.
+const NOISE: &str = "noise";
+
 impl Checkpoint {
-    pub(crate) fn new(step: usize, steps: usize, latents: Tensor, optimizer: OptimizerState) -> Self {
-        Self { step, steps, latents, optimizer }
+    /// Of copies.
+    pub(crate) fn new(step: usize, steps: usize, latents: &Tensor, optimizer: &[(String, Tensor)]) -> Result<Self> {
+        Ok(Self { step, steps, latents: copy(latents)?, optimizer: copy_state(optimizer)?, noise: None })
+    }
+
+    pub(crate) fn with_noise(mut self, noise: Option<Tensor>) -> Self {
+        self.noise = noise;
+        self
+    }
+
+    /// A copy of the latents for a run of so many steps that now stands at `current`.
+    ///
+    /// # Errors
+    /// A checkpoint of another number of steps, of latents of another shape, or that are not finite.
+    pub(crate) fn latents_for(&self, steps: usize, current: &Tensor) -> Result<Tensor> {
+        if self.steps != steps || self.step > self.steps {
+            return Err(Error::argument("checkpoint", format!("is at step {} of {}, this run has {steps} steps", self.step, self.steps)));
+        }
+        if self.latents.size() != current.size() {
+            return Err(Error::shape("checkpoint", format!("latents {:?}, this run's", current.size()), self.latents.size()));
+        }
+        let latents = copy(&self.latents.f_to_device(current.device())?.f_to_kind(Kind::Float)?)?;
+        if latents.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            return Err(Error::argument("checkpoint", "its latents are infinite or NaN"));
+        }
+        Ok(latents)
     }
 
     /// Writes a safetensors file, first under a temporary name: an older file stays until the new one is whole.
@@ -37,6 +67,7 @@ impl Checkpoint {
             ("step".to_owned(), count(self.step)?),
             ("steps".to_owned(), count(self.steps)?),
         ];
+        tensors.extend(self.noise.iter().map(|state| (NOISE.to_owned(), state.shallow_clone())));
         tensors.extend(self.optimizer.iter().map(|(name, tensor)| (format!("{OPTIMIZER}{name}"), tensor.shallow_clone())));
         tensor_file::write(&tensors, path.as_ref())
     }
@@ -47,12 +78,13 @@ impl Checkpoint {
     /// [`Error::Io`], or [`Error::Weights`] if the file is damaged or something else.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let (mut latents, mut step, mut steps, mut optimizer) = (None, None, None, vec![]);
+        let (mut latents, mut step, mut steps, mut noise, mut optimizer) = (None, None, None, None, vec![]);
         for (name, tensor) in tensor_file::read(path)? {
             match name.as_str() {
                 "latents" => latents = Some(tensor),
                 "step" => step = count(&tensor),
                 "steps" => steps = count(&tensor),
+                NOISE => noise = Some(tensor),
                 other => {
                     if let Some(name) = other.strip_prefix(OPTIMIZER) {
                         optimizer.push((name.to_owned(), tensor));
@@ -61,7 +93,7 @@ impl Checkpoint {
             }
         }
         match (latents, step, steps) {
-            (Some(latents), Some(step), Some(steps)) => Ok(Self { step, steps, latents, optimizer }),
+            (Some(latents), Some(step), Some(steps)) => Ok(Self { step, steps, latents, optimizer, noise }),
             _ => Err(Error::Weights { file: path.to_owned(), reason: "is not a run's checkpoint: it lacks `latents`, `step` or `steps`".into() }),
         }
     }

@@ -1,7 +1,7 @@
 //! What another program's pipeline implements: one forward pass with a hook in it.
 
 use crate::scalar::WithNumber;
-use crate::{AttentionHook, PlainAttention, Result};
+use crate::{AttentionHook, Error, PlainAttention, Result};
 use tch::Tensor;
 
 /// A noise predictor whose attention layers call a hook.
@@ -29,12 +29,10 @@ pub trait Denoiser {
     /// As [`forward`](Self::forward).
     fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<Self::Condition>) -> Result<Tensor> {
         let prompt = self.forward(latents, timestep, &guidance.prompt, &mut PlainAttention)?;
-        let Some(negative) = guidance.negative.as_ref().filter(|_| guidance.scale != 1.0) else {
-            return Ok(prompt);
-        };
-        let negative = self.forward(latents, timestep, negative, &mut PlainAttention)?;
-        let shift = prompt.f_sub(&negative)?.times(guidance.scale)?;
-        Ok(negative.f_add(&shift)?)
+        match guidance.active_negative() {
+            None => Ok(prompt),
+            Some(negative) => guidance.combine(&prompt, &self.forward(latents, timestep, negative, &mut PlainAttention)?),
+        }
     }
 }
 
@@ -45,14 +43,46 @@ pub struct Guidance<C> {
     pub prompt: C,
     /// What to avoid; with none, `scale` is without effect.
     pub negative: Option<C>,
-    /// 1 leaves the negative out.
+    /// 1 draws the prompt alone and leaves the negative out, 0 the negative alone; the usual 5 to 10 go beyond the prompt.
     pub scale: f64,
 }
 
 impl<C> Guidance<C> {
+    /// Classifier-free guidance away from `negative`.
+    ///
+    /// # Errors
+    /// A scale that is negative, infinite or NaN.
+    pub fn new(prompt: C, negative: C, scale: f64) -> Result<Self> {
+        let guidance = Self { prompt, negative: Some(negative), scale };
+        guidance.check()?;
+        Ok(guidance)
+    }
+
     /// The prompt alone, one forward pass per prediction.
     pub fn none(prompt: C) -> Self {
         Self { prompt, negative: None, scale: 1.0 }
+    }
+
+    /// Fields may be set to anything; a run asks before each step.
+    ///
+    /// # Errors
+    /// A scale that is negative, infinite or NaN.
+    pub fn check(&self) -> Result<()> {
+        if self.scale.is_finite() && self.scale >= 0.0 {
+            Ok(())
+        } else {
+            Err(Error::argument("guidance", format!("{} is not a number of at least 0; 1 is none, 7.5 is usual", self.scale)))
+        }
+    }
+
+    /// The negative, unless it is without effect.
+    pub(crate) fn active_negative(&self) -> Option<&C> {
+        self.negative.as_ref().filter(|_| self.scale != 1.0)
+    }
+
+    /// `negative + scale * (prompt - negative)`.
+    pub(crate) fn combine(&self, prompt: &Tensor, negative: &Tensor) -> Result<Tensor> {
+        Ok(negative.f_add(&prompt.f_sub(negative)?.times(self.scale)?)?)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The paper's optimisation: style transfer, appearance transfer and texture synthesis.
 
-use crate::optimizer::{copy, copy_state, state_on, OptimizerState};
+use crate::optimizer::{copy, copy_state, state_on};
 use crate::soundness::Soundness;
 use crate::Settings;
 use crate::{AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Optimizer, Progress, References, Result, TotalLoss};
@@ -141,7 +141,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         for _ in 1..self.iterations {
             loss = self.extractor.descend(&mut latents, timestep, references, &self.loss, &mut self.optimizer)?;
         }
-        self.latents = self.soundness.judge(&self.latents, latents, &loss, self.step + 1, timestep)?;
+        self.latents = self.soundness.judge(&self.latents, latents, Some(&loss), self.step + 1, timestep)?;
         Ok(loss)
     }
 
@@ -173,8 +173,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// As [`check`](Self::check): what is saved is sound.
     pub fn checkpoint(&mut self) -> Result<Checkpoint> {
         self.check()?;
-        let optimizer: OptimizerState = copy_state(&self.optimizer.state()?)?;
-        Ok(Checkpoint::new(self.step, self.timesteps.len(), copy(&self.latents)?, optimizer))
+        Checkpoint::new(self.step, self.timesteps.len(), &self.latents, &self.optimizer.state()?)
     }
 
     /// Goes on from a checkpoint of a run with the same settings, to the same picture.
@@ -183,21 +182,8 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// A checkpoint of another number of steps, of latents of another shape or that are not finite, or with a state that
     /// this run's optimizer cannot take; the run is then as it was.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        if checkpoint.steps != self.timesteps.len() || checkpoint.step > checkpoint.steps {
-            return Err(Error::argument(
-                "checkpoint",
-                format!("is at step {} of {}, this run has {} steps", checkpoint.step, checkpoint.steps, self.timesteps.len()),
-            ));
-        }
-        if checkpoint.latents.size() != self.latents.size() {
-            return Err(Error::shape("checkpoint", format!("latents {:?}, this run's", self.latents.size()), checkpoint.latents.size()));
-        }
-        let device = self.latents.device();
-        let latents = copy(&checkpoint.latents.f_to_device(device)?.f_to_kind(Kind::Float)?)?;
-        if latents.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-            return Err(Error::argument("checkpoint", "its latents are infinite or NaN"));
-        }
-        self.optimizer.load_state(state_on(&checkpoint.optimizer, device)?)?;
+        let latents = checkpoint.latents_for(self.timesteps.len(), &self.latents)?;
+        self.optimizer.load_state(state_on(&checkpoint.optimizer, self.latents.device())?)?;
         (self.latents, self.step, self.soundness) = (latents, checkpoint.step, Soundness::default());
         Ok(())
     }

@@ -81,6 +81,7 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods))]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
+mod adain;
 mod attention;
 mod checkpoint;
 mod denoiser;
@@ -88,6 +89,7 @@ mod distiller;
 mod error;
 mod extractor;
 mod features;
+mod guided_sampler;
 mod injection;
 mod loss;
 mod memory;
@@ -106,6 +108,7 @@ pub mod image;
 #[cfg(feature = "stable-diffusion")]
 pub mod stable_diffusion;
 
+pub use adain::adain;
 pub use attention::{AttentionHook, AttentionKind, AttentionSite, DeferredHook, PlainAttention, Qkv};
 pub use checkpoint::Checkpoint;
 pub use denoiser::{Denoiser, Guidance};
@@ -113,14 +116,15 @@ pub use distiller::Distiller;
 pub use error::{Error, Result};
 pub use extractor::FeatureExtractor;
 pub use features::{FeatureRecorder, Features, LayerFeatures};
+pub use guided_sampler::GuidedSampler;
 pub use injection::KeyValueInjection;
 pub use loss::{AdLoss, ContentLoss, Loss, TotalLoss};
-pub use noise::seeded_noise;
+pub use noise::Noise;
 pub use optimizer::{Adam, AdamConfig, GradientDescent, Optimizer, OptimizerState};
 pub use progress::Progress;
 pub use reference::{References, Style};
 pub use scheduler::{BetaSchedule, Ddim, DdimConfig, Prediction, Scheduler, Spacing};
-pub use settings::Settings;
+pub use settings::{Procedure, Settings};
 #[cfg(feature = "stable-diffusion")]
 pub use stable_diffusion::StableDiffusion;
 

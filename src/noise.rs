@@ -1,20 +1,168 @@
 //! Standard normal noise by seed, without the process-wide generator: two runs do not disturb each other.
 
 use crate::{Error, Result};
-use tch::Tensor;
+use std::collections::VecDeque;
+use tch::{Kind, Tensor};
 
-/// The numbers of `torch.manual_seed(seed); torch.randn(shape)` on the CPU in f32 (to the last digits, in which libtorch's
-/// own kernels differ from CPU to CPU), whatever else the process draws. On the CPU; move it where it is needed.
+/// Where a run takes its standard normal noise from, draw after draw.
 ///
-/// # Errors
-/// A shape that is empty, negative or absurd.
-pub fn seeded_noise(seed: u64, shape: &[i64]) -> Result<Tensor> {
-    let count =
-        shape.iter().try_fold(1_usize, |count, &side| count.checked_mul(usize::try_from(side).ok()?)).filter(|count| (1..=1 << 31).contains(count));
-    let count = count.ok_or_else(|| Error::shape("noise", "sides of at least 1, 2^31 numbers at most", shape.to_vec()))?;
-    let mut generator = MersenneTwister::new(seed as u32);
-    let values = if count < LANES { pairs(&mut generator, count) } else { blocks(&mut generator, count) };
-    Ok(Tensor::f_from_slice(&values)?.f_view(shape)?)
+/// [`Noise::seeded`] gives the numbers of `torch.manual_seed(seed)` and one `torch.randn` after the other on the CPU in f32 (to
+/// the last digits, in which libtorch's own kernels differ from CPU to CPU), on every device and whatever else the process
+/// draws. Hand the generator that drew a run's first latents on to the run, and a seed gives the picture that it gives in
+/// Python.
+pub struct Noise(Source);
+
+enum Source {
+    Seeded { generator: Box<Generator>, mark: Box<Generator> },
+    Custom { draw: Draw, given: VecDeque<Tensor>, again: VecDeque<Tensor> },
+}
+
+type Draw = Box<dyn FnMut(&Tensor) -> Result<Tensor> + Send>;
+
+impl std::fmt::Debug for Noise {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self.0 {
+            Source::Seeded { .. } => "Noise::seeded",
+            Source::Custom { .. } => "Noise::from_fn",
+        })
+    }
+}
+
+impl Noise {
+    /// From its beginning. As in torch, only the lower 32 bits of a seed count.
+    pub fn seeded(seed: u64) -> Self {
+        let generator = Box::new(Generator::new(seed as u32));
+        Self(Source::Seeded { mark: generator.clone(), generator })
+    }
+
+    /// From a source of one's own, which is given a tensor of the wanted shape and device. A checkpoint cannot keep its
+    /// state.
+    pub fn from_fn(draw: impl FnMut(&Tensor) -> Result<Tensor> + Send + 'static) -> Self {
+        Self(Source::Custom { draw: Box::new(draw), given: VecDeque::new(), again: VecDeque::new() })
+    }
+
+    /// The next draw, in f32, in the shape and on the device of `like`.
+    ///
+    /// # Errors
+    /// A shape that is empty or absurd; a source of one's own that fails, or gives another shape.
+    pub fn draw(&mut self, like: &Tensor) -> Result<Tensor> {
+        let shape = like.size();
+        let drawn = match &mut self.0 {
+            Source::Seeded { generator, .. } => Tensor::f_from_slice(&generator.normal(count(&shape)?))?.f_view(shape.as_slice())?,
+            Source::Custom { draw, given, again } => {
+                let drawn = match again.pop_front().filter(|drawn| drawn.size() == shape) {
+                    Some(drawn) => drawn,
+                    None => draw(like)?,
+                };
+                given.push_back(drawn.shallow_clone());
+                drawn
+            }
+        };
+        if drawn.size() != shape {
+            return Err(Error::shape("noise", format!("{shape:?}, as it was asked for"), drawn.size()));
+        }
+        Ok(drawn.f_to_device(like.device())?.f_to_kind(Kind::Float)?)
+    }
+
+    /// The state, for a checkpoint, `(627)` whole numbers; none of a source of one's own.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn state(&self) -> Result<Option<Tensor>> {
+        match &self.0 {
+            Source::Seeded { generator, .. } => Ok(Some(Tensor::f_from_slice(&generator.save())?)),
+            Source::Custom { .. } => Ok(None),
+        }
+    }
+
+    /// Goes on from a state of [`state`](Self::state), as a seeded source.
+    ///
+    /// # Errors
+    /// A tensor that is no such state; the source is then as it was.
+    pub fn load_state(&mut self, state: &Tensor) -> Result<()> {
+        let bad = || Error::argument("noise state", "is none of a seeded generator");
+        if state.f_kind()? != Kind::Int64 || state.dim() != 1 {
+            return Err(bad());
+        }
+        let generator = Box::new(Generator::load(&Vec::<i64>::try_from(state)?).ok_or_else(bad)?);
+        self.0 = Source::Seeded { mark: generator.clone(), generator };
+        Ok(())
+    }
+
+    /// The place that [`rewind`](Self::rewind) goes back to.
+    pub(crate) fn mark(&mut self) {
+        match &mut self.0 {
+            Source::Seeded { generator, mark } => mark.clone_from(generator),
+            Source::Custom { given, .. } => given.clear(),
+        }
+    }
+
+    /// The draws since the mark are given once more.
+    pub(crate) fn rewind(&mut self) {
+        match &mut self.0 {
+            Source::Seeded { generator, mark } => generator.clone_from(mark),
+            Source::Custom { given, again, .. } => {
+                given.append(again);
+                std::mem::swap(given, again);
+            }
+        }
+    }
+}
+
+/// How many numbers a shape holds.
+fn count(shape: &[i64]) -> Result<usize> {
+    let count = shape.iter().try_fold(1_usize, |count, &side| count.checked_mul(usize::try_from(side).ok()?));
+    let count = count.filter(|count| (1..=1 << 31).contains(count));
+    count.ok_or_else(|| Error::shape("noise", "sides of at least 1, 2^31 numbers at most", shape.to_vec()))
+}
+
+/// torch's CPU generator: uniform bits, and the second number of a pair that nobody has taken yet.
+#[derive(Debug, Clone)]
+struct Generator {
+    bits: MersenneTwister,
+    kept: Option<f64>,
+}
+
+impl Generator {
+    fn new(seed: u32) -> Self {
+        Self { bits: MersenneTwister::new(seed), kept: None }
+    }
+
+    fn normal(&mut self, count: usize) -> Vec<f32> {
+        if count < LANES {
+            (0..count).map(|_| self.single() as f32).collect()
+        } else {
+            blocks(&mut self.bits, count)
+        }
+    }
+
+    /// Box-Muller in f64, the second number of a pair kept for the next.
+    fn single(&mut self) -> f64 {
+        if let Some(kept) = self.kept.take() {
+            return kept;
+        }
+        let (a, b) = (self.bits.uniform_double(), self.bits.uniform_double());
+        let radius = (-2.0 * (-b).ln_1p()).sqrt();
+        let angle = 2.0 * std::f64::consts::PI * a;
+        self.kept = Some(radius * angle.sin());
+        radius * angle.cos()
+    }
+
+    /// The twister's words, its place among them, whether a number is kept, and its bits.
+    fn save(&self) -> Vec<i64> {
+        let words = self.bits.state.iter().map(|&word| i64::from(word));
+        let rest = [self.bits.next as i64, i64::from(self.kept.is_some()), self.kept.unwrap_or(0.0).to_bits() as i64];
+        words.chain(rest).collect()
+    }
+
+    fn load(saved: &[i64]) -> Option<Self> {
+        let (words, rest) = saved.split_at_checked(STATE)?;
+        let state = words.iter().map(|&word| u32::try_from(word).ok()).collect::<Option<Vec<_>>>()?;
+        let &[next, has_kept, kept] = rest else { return None };
+        let next = usize::try_from(next).ok().filter(|next| *next <= STATE)?;
+        let kept = (has_kept == 1).then(|| f64::from_bits(kept as u64));
+        (kept.is_none_or(f64::is_finite) && matches!(has_kept, 0 | 1)).then_some(Self { bits: MersenneTwister { state, next }, kept })
+    }
 }
 
 /// libtorch fills blocks of so many numbers at once; fewer in all are drawn in pairs.
@@ -43,20 +191,8 @@ fn blocks(generator: &mut MersenneTwister, count: usize) -> Vec<f32> {
     values
 }
 
-/// Box-Muller in f64, the second number of a pair kept for the next.
-fn pairs(generator: &mut MersenneTwister, count: usize) -> Vec<f32> {
-    let mut values = vec![];
-    while values.len() < count {
-        let (a, b) = (generator.uniform_double(), generator.uniform_double());
-        let radius = (-2.0 * (-b).ln_1p()).sqrt();
-        let angle = 2.0 * std::f64::consts::PI * a;
-        values.extend([(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
-    }
-    values.truncate(count);
-    values
-}
-
 /// MT19937 (Matsumoto and Nishimura 1998), libtorch's CPU generator.
+#[derive(Debug, Clone)]
 struct MersenneTwister {
     state: Vec<u32>,
     next: usize,
@@ -112,21 +248,80 @@ impl MersenneTwister {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use tch::Device;
+
+    fn blank(shape: &[i64]) -> Tensor {
+        Tensor::zeros(shape, (Kind::Float, Device::Cpu))
+    }
 
     /// The only test of this binary that uses libtorch's own generator.
     #[test]
-    fn the_numbers_of_libtorch() -> Result<()> {
+    fn the_numbers_of_libtorch_draw_after_draw() -> Result<()> {
         tch::set_num_threads(1);
+        let shapes = [&[1_i64][..], &[3], &[15], &[16], &[17], &[5], &[2, 3, 5], &[1, 4, 64, 64], &[2], &[3, 37, 29], &[7]];
         for seed in [0_u64, 42, 123_456_789] {
-            for shape in [&[1_i64][..], &[3], &[15], &[16], &[17], &[2, 3, 5], &[1, 4, 64, 64], &[3, 37, 29]] {
-                tch::manual_seed(seed as i64);
+            tch::manual_seed(seed as i64);
+            let mut noise = Noise::seeded(seed);
+            for shape in shapes {
                 let theirs = Tensor::f_randn(shape, (Kind::Float, Device::Cpu))?;
-                let apart = (seeded_noise(seed, shape)? - theirs).abs().max().double_value(&[]);
+                let apart = (noise.draw(&blank(shape))? - theirs).abs().max().double_value(&[]);
                 assert!(apart < 1e-5, "seed {seed}, shape {shape:?}: {apart}");
             }
         }
-        assert!(seeded_noise(0, &[2, -1]).is_err() && seeded_noise(0, &[0]).is_err() && seeded_noise(0, &[1 << 40, 1 << 40]).is_err());
+        let mut noise = Noise::seeded(0);
+        assert!(noise.draw(&blank(&[0])).is_err() && noise.draw(&blank(&[1]).expand([1 << 40], false)).is_err());
         Ok(())
+    }
+
+    #[test]
+    fn a_state_goes_on_where_it_was_taken() -> Result<()> {
+        tch::set_num_threads(1);
+        let mut noise = Noise::seeded(7);
+        noise.draw(&blank(&[3]))?;
+        let state = noise.state()?.unwrap();
+        assert_eq!(state.size(), [627]);
+        let ahead = [noise.draw(&blank(&[1]))?, noise.draw(&blank(&[20]))?];
+        let mut other = Noise::seeded(0);
+        other.load_state(&state)?;
+        for expected in ahead {
+            assert!(other.draw(&expected)?.equal(&expected));
+        }
+        for bad in [blank(&[627]), state.narrow(0, 0, 626), state.shallow_clone() - 1, state.view([3, 209])] {
+            assert!(matches!(other.load_state(&bad), Err(Error::Argument { .. })), "{bad:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_was_drawn_since_the_mark_is_drawn_again() -> Result<()> {
+        tch::set_num_threads(1);
+        let mut count = 0.0;
+        let counting = move |like: &Tensor| {
+            count += 1.0;
+            Ok(like.zeros_like() + count)
+        };
+        for mut noise in [Noise::seeded(1), Noise::from_fn(counting)] {
+            let mut draw = |noise: &mut Noise| noise.draw(&blank(&[2])).map(|drawn| drawn.double_value(&[0]));
+            draw(&mut noise)?;
+            noise.mark();
+            let first = [draw(&mut noise)?, draw(&mut noise)?];
+            noise.rewind();
+            assert_eq!(draw(&mut noise)?, first[0]);
+            // Failed again, half way.
+            noise.rewind();
+            assert_eq!([draw(&mut noise)?, draw(&mut noise)?], first);
+            noise.mark();
+            let third = draw(&mut noise)?;
+            assert!(!first.contains(&third), "{noise:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_source_of_ones_own_is_held_to_its_word() {
+        tch::set_num_threads(1);
+        let mut noise = Noise::from_fn(|_| Ok(blank(&[3])));
+        assert!(matches!(noise.draw(&blank(&[2])), Err(Error::Shape { .. })));
+        assert!(noise.state().unwrap().is_none());
     }
 }

@@ -19,7 +19,7 @@ impl<T> Style<T> {
 }
 
 /// The styles and the content that a picture is compared with. Batch means pictures being made; several references
-/// are several entries of `styles`, each of its own size.
+/// are several entries of `styles`, each of its own size. Empty by default.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct References<T = Tensor> {
@@ -27,6 +27,12 @@ pub struct References<T = Tensor> {
     pub styles: Vec<Style<T>>,
     /// Whose layout to keep; of the picture's own size.
     pub content: Option<T>,
+}
+
+impl<T> Default for References<T> {
+    fn default() -> Self {
+        Self::styles([])
+    }
 }
 
 impl<T> References<T> {

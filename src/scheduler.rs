@@ -29,3 +29,21 @@ pub trait Scheduler {
     /// An index beyond the last step; shapes that do not fit.
     fn step(&self, index: usize, prediction: &Tensor, latents: &Tensor) -> Result<Tensor>;
 }
+
+impl<S: Scheduler + ?Sized> Scheduler for Box<S> {
+    fn timesteps(&self) -> &[f64] {
+        (**self).timesteps()
+    }
+
+    fn next_timestep(&self, index: usize) -> f64 {
+        (**self).next_timestep(index)
+    }
+
+    fn add_noise(&self, clean: &Tensor, noise: &Tensor, timestep: f64) -> Result<Tensor> {
+        (**self).add_noise(clean, noise, timestep)
+    }
+
+    fn step(&self, index: usize, prediction: &Tensor, latents: &Tensor) -> Result<Tensor> {
+        (**self).step(index, prediction, latents)
+    }
+}

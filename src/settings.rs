@@ -3,34 +3,74 @@
 use crate::{Error, Result};
 use std::ops::Range;
 
+/// Which of the paper's two procedures a task follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Procedure {
+    /// Latents optimised along the timesteps: [`Distiller`](crate::Distiller).
+    Optimisation,
+    /// Diffusion sampling with descents after each step: [`GuidedSampler`](crate::GuidedSampler).
+    Sampling,
+}
+
 /// How a task is run. `Settings::style_transfer()` and its like are the authors' for Stable Diffusion; a model folder's
 /// `attention_distillation.json` may overrule them.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Settings {
+    /// By optimisation or by sampling.
+    pub procedure: Procedure,
     /// Self-attention layers in execution order from 0; none means the network's last six.
     pub layers: Option<Range<usize>>,
     /// `(height, width)` in pixels, where no picture says otherwise; none means the model's training size.
     pub size: Option<(i64, i64)>,
     /// Timesteps.
     pub steps: usize,
-    /// Adam steps per timestep.
+    /// Adam steps per timestep; 0, plain sampling, is possible with [`Procedure::Sampling`] only.
     pub iterations: usize,
     /// Adam's.
     pub learning_rate: f64,
     /// Of the content loss: 0 lets the layout go, 1 hardly changes the picture.
     pub content_weight: f64,
+    /// Classifier-free guidance of [`Procedure::Sampling`]; 1 is none.
+    pub guidance: f64,
+    /// Whether [`Procedure::Sampling`] gives the latents the styles' statistics before the descents.
+    pub adain: bool,
 }
 
 impl Settings {
     /// Style and appearance transfer by optimisation.
     pub fn style_transfer() -> Self {
-        Self { layers: None, size: None, steps: 200, iterations: 1, learning_rate: 0.05, content_weight: 0.25 }
+        Self {
+            procedure: Procedure::Optimisation,
+            layers: None,
+            size: None,
+            steps: 200,
+            iterations: 1,
+            learning_rate: 0.05,
+            content_weight: 0.25,
+            guidance: 1.0,
+            adain: false,
+        }
+    }
+
+    /// Style transfer by sampling: from noise, held to the content by the content loss alone.
+    pub fn style_transfer_by_sampling() -> Self {
+        Self { procedure: Procedure::Sampling, steps: 50, iterations: 3, ..Self::style_transfer() }
     }
 
     /// Texture synthesis by optimisation, from noise.
     pub fn texture_synthesis() -> Self {
         Self { steps: 300, content_weight: 0.0, ..Self::style_transfer() }
+    }
+
+    /// Text-to-image in a style, with Stable Diffusion 1 and 2.
+    pub fn text_to_image() -> Self {
+        Self { learning_rate: 0.015, guidance: 7.5, adain: true, ..Self::style_transfer_by_sampling() }
+    }
+
+    /// Text-to-image in a style, with SDXL.
+    pub fn text_to_image_xl() -> Self {
+        Self { iterations: 2, guidance: 7.0, ..Self::text_to_image() }
     }
 
     /// Before a long run: what would otherwise be found out in the middle of it.
@@ -46,12 +86,13 @@ impl Settings {
         if let Some(size) = self.size {
             crate::image::check_size(size)?;
         }
-        for (name, count) in [("steps", self.steps), ("iterations", self.iterations)] {
-            if count == 0 {
+        let least = usize::from(self.procedure == Procedure::Optimisation);
+        for (name, count, least) in [("steps", self.steps, 1), ("iterations", self.iterations, least)] {
+            if count < least {
                 return Err(Error::argument(name, "0 would leave the picture as it is; use at least 1"));
             }
         }
-        for (name, number) in [("learning rate", self.learning_rate), ("content weight", self.content_weight)] {
+        for (name, number) in [("learning rate", self.learning_rate), ("content weight", self.content_weight), ("guidance", self.guidance)] {
             if !(number.is_finite() && number >= 0.0) {
                 return Err(Error::argument(name, format!("{number} is not a number of at least 0")));
             }

@@ -15,19 +15,24 @@ pub(crate) struct Soundness {
 }
 
 impl Soundness {
-    /// The latents to go on with after a step (counted from 1): `after` if it and the loss are sound.
+    /// The latents to go on with after a step (counted from 1): `after` if it and the loss, where there is one, are sound.
     ///
     /// # Errors
     /// [`Error::NotFinite`], on the CPU.
-    pub(crate) fn judge(&mut self, before: &Tensor, after: Tensor, loss: &Tensor, step: usize, timestep: f64) -> Result<Tensor> {
+    pub(crate) fn judge(&mut self, before: &Tensor, after: Tensor, loss: Option<&Tensor>, step: usize, timestep: f64) -> Result<Tensor> {
         if !(after.device().is_cuda() || self.always_deferred) {
             let at = |what| Error::NotFinite { what, step, timestep };
-            if !loss.f_double_value(&[])?.is_finite() {
-                return Err(at("loss"));
+            if let Some(loss) = loss {
+                if !loss.f_double_value(&[])?.is_finite() {
+                    return Err(at("loss"));
+                }
             }
             return if after.f_isfinite()?.f_all()?.f_int64_value(&[])? == 1 { Ok(after) } else { Err(at("latents")) };
         }
-        let sound = after.f_isfinite()?.f_all()?.f_logical_and(&loss.f_isfinite()?)?;
+        let mut sound = after.f_isfinite()?.f_all()?;
+        if let Some(loss) = loss {
+            sound = sound.f_logical_and(&loss.f_isfinite()?)?;
+        }
         let now = sound.f_logical_not()?.f_to_kind(Kind::Int64)?.f_mul(&integer(i64::try_from(step).unwrap_or(i64::MAX))?)?;
         let unsound = match &self.unsound {
             Some(earlier) => now.f_where_self(&earlier.f_eq_tensor(&integer(0)?)?, earlier)?,
@@ -62,16 +67,18 @@ mod tests {
     fn the_first_unsound_step_is_kept_and_later_ones_change_nothing() -> Result<()> {
         tch::set_num_threads(1);
         let mut watch = Soundness { always_deferred: true, ..Soundness::default() };
-        let one = watch.judge(&number(0.0), number(1.0), &number(0.5), 1, 901.0)?;
+        let one = watch.judge(&number(0.0), number(1.0), Some(&number(0.5)), 1, 901.0)?;
         assert_eq!(one.double_value(&[]), 1.0);
         assert_eq!(watch.first_unsound()?, None);
         for (step, after, loss) in [(2, f32::NAN, 0.5), (3, f32::INFINITY, f32::NAN), (4, 7.0, 0.5)] {
-            let kept = watch.judge(&one, number(after), &number(loss), step, 801.0)?;
+            let kept = watch.judge(&one, number(after), Some(&number(loss)), step, 801.0)?;
             assert_eq!(kept.double_value(&[]), 1.0, "step {step}");
         }
         assert_eq!(watch.first_unsound()?, Some(2));
         assert_eq!(watch.first_unsound()?, None, "forgotten once it was told");
-        let loss_alone = watch.judge(&one, number(2.0), &number(f32::NAN), 5, 701.0)?;
+        let without_loss = watch.judge(&one, number(f32::NAN), None, 5, 701.0)?;
+        assert_eq!((without_loss.double_value(&[]), watch.first_unsound()?), (1.0, Some(5)));
+        let loss_alone = watch.judge(&one, number(2.0), Some(&number(f32::NAN)), 5, 701.0)?;
         assert_eq!((loss_alone.double_value(&[]), watch.first_unsound()?), (1.0, Some(5)));
         Ok(())
     }
@@ -80,9 +87,10 @@ mod tests {
     fn on_the_cpu_the_step_itself_fails() {
         tch::set_num_threads(1);
         let mut watch = Soundness::default();
-        let bad_loss = watch.judge(&number(0.0), number(1.0), &number(f32::NAN), 3, 701.0);
+        let bad_loss = watch.judge(&number(0.0), number(1.0), Some(&number(f32::NAN)), 3, 701.0);
         assert!(matches!(bad_loss, Err(Error::NotFinite { what: "loss", step: 3, .. })));
-        let bad_latents = watch.judge(&number(0.0), number(f32::INFINITY), &number(1.0), 4, 601.0);
+        let bad_latents = watch.judge(&number(0.0), number(f32::INFINITY), Some(&number(1.0)), 4, 601.0);
         assert!(matches!(bad_latents, Err(Error::NotFinite { what: "latents", step: 4, .. })));
+        assert!(watch.judge(&number(0.0), number(f32::NAN), None, 5, 501.0).is_err());
     }
 }

@@ -1,5 +1,5 @@
 //! Stable Diffusion from a folder in diffusers layout: `unet/ vae/ scheduler/`, and where the model has them
-//! `text_encoder/ tokenizer/`. Every network is built from its `config.json`; fine-tunes, tiny test models and the
+//! `text_encoder/ tokenizer/`, for SDXL also `text_encoder_2/ tokenizer_2/`. Every network is built from its `config.json`; fine-tunes, tiny test models and the
 //! bundled model are one code path.
 
 mod block;
@@ -13,13 +13,14 @@ mod layers;
 mod resnet;
 mod schedule;
 mod settings;
+mod text;
 mod tokenizer;
 mod transformer;
 mod unet;
 mod vae;
 mod weights;
 
-pub use clip::ClipTextModel;
+pub use clip::{ClipOutput, ClipTextModel};
 pub use condition::Condition;
 pub use schedule::scheduler_config;
 pub use tokenizer::ClipTokenizer;
@@ -27,10 +28,11 @@ pub use unet::UNet;
 pub use vae::AutoencoderKl;
 
 use crate::scalar::WithNumber;
-use crate::{image, memory, seeded_noise, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Result, Scheduler, Settings};
+use crate::{image, memory, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Guidance, Noise, Result, Scheduler, Settings};
 use settings::FolderSettings;
 use std::{ops::Range, path::Path};
 use tch::{Device, Kind, Tensor};
+use text::Text;
 
 /// How many of the last self-attention layers the paper uses.
 const LAST_LAYERS: usize = 6;
@@ -39,15 +41,16 @@ const LAST_LAYERS: usize = 6;
 /// the bundled model, 3.7 kB per pixel from 128 to 512 px; deeper networks hold more.
 const ACTIVATIONS: i64 = 300;
 
-/// U-Net, autoencoder, text encoder and schedule of one model.
+/// U-Net, autoencoder, text encoders and schedule of one model.
 #[derive(Debug)]
 pub struct StableDiffusion {
     unet: UNet,
     vae: AutoencoderKl,
-    text: Option<(ClipTokenizer, ClipTextModel)>,
+    text: Text,
     schedule: DdimConfig,
     settings: FolderSettings,
     device: Device,
+    kind: Kind,
 }
 
 impl StableDiffusion {
@@ -66,22 +69,10 @@ impl StableDiffusion {
             return Err(Error::Config { path: folder.to_owned(), reason: reason.into() });
         }
         let bad = |reason: String| Error::Config { path: folder.to_owned(), reason };
-        let sdxl = || bad("is an SDXL model; prompts by two text encoders are not supported yet (its U-Net opens with UNet::open)".into());
-        if folder.join("text_encoder_2").is_dir() {
-            return Err(sdxl());
-        }
         let settings = FolderSettings::open(folder)?;
         let mut schedule = scheduler_config(folder.join("scheduler").join("scheduler_config.json"))?;
         // diffusers' pipeline sets these two for every latent model, whatever the file says.
         (schedule.steps_offset, schedule.clip_sample) = (1, None);
-        let (encoder, tokenizer) = (folder.join("text_encoder"), folder.join("tokenizer"));
-        let text = if encoder.is_dir() {
-            Some((ClipTokenizer::open(tokenizer)?, ClipTextModel::open(&encoder, device, kind)?))
-        } else if names_text_encoder(folder)? {
-            return Err(bad("its model_index.json names a text_encoder, but there is no such folder; fetch it, too".into()));
-        } else {
-            None
-        };
         let vae = AutoencoderKl::open(folder.join("vae"), device, kind)?;
         let unet = UNet::open(folder.join("unet"), device, kind)?;
         if unet.in_channels() != vae.latent_channels() {
@@ -92,24 +83,13 @@ impl StableDiffusion {
             );
             return Err(Error::Config { path: folder.to_owned(), reason });
         }
-        if unet.wants_pooled_text() {
-            return Err(sdxl());
-        }
-        if let Some((tokenizer, encoder)) = &text {
-            let (width, wanted) = (encoder.width(), unet.cross_attention_dim());
-            if width != wanted {
-                return Err(bad(format!("its text encoder makes embeddings of width {width}, its U-Net takes {wanted}")));
-            }
-            if tokenizer.length() > encoder.positions() {
-                return Err(bad(format!("its tokenizer makes {} ids, its text encoder takes {}", tokenizer.length(), encoder.positions())));
-            }
-        }
+        let text = Text::open(folder, &unet, device, kind)?;
         let layers = settings.over(Settings::style_transfer())?.layers;
         let count = unet.self_attention_layers();
         if let Some(layers) = layers.filter(|layers| layers.end > count) {
             return Err(bad(format!("its attention_distillation.json names layers {}..{}, its U-Net has {count}", layers.start, layers.end)));
         }
-        Ok(Self { unet, vae, text, schedule, settings, device })
+        Ok(Self { unet, vae, text, schedule, settings, device, kind })
     }
 
     /// The noise predictor.
@@ -125,6 +105,11 @@ impl StableDiffusion {
     /// Where it runs.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// What its networks compute in (the autoencoder perhaps in f32).
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// A task's settings, with those that the folder's `attention_distillation.json` has for this model, and the size
@@ -190,26 +175,50 @@ impl StableDiffusion {
         })
     }
 
-    /// The condition of each prompt, in one batch. `size`, `(height, width)` in pixels of the pictures to be made, matters
-    /// to networks that are told it, as SDXL is; those that this version opens are not.
+    /// Whether this is SDXL, or a network that is conditioned as it is.
+    pub fn is_xl(&self) -> bool {
+        self.unet.wants_pooled_text()
+    }
+
+    /// The condition of each prompt, in one batch: text, and for SDXL pooled text and the picture's size. `size`, `(height,
+    /// width)` in pixels, is that of the pictures to be made. Of a prompt that is longer than the model can take (77 tokens)
+    /// the end is left out, with a warning through `tracing`.
     ///
     /// # Errors
     /// No prompt; a prompt other than `""` for a model that has no text encoder.
     pub fn prompts(&self, prompts: &[&str], size: (i64, i64)) -> Result<Condition> {
         image::check_size(size)?;
-        if prompts.is_empty() {
-            return Err(Error::argument("prompts", "none given; the null prompt is \"\""));
+        self.text.condition(prompts, size)
+    }
+
+    /// What to draw, one picture per prompt, and what to avoid in all of them, for a [`GuidedSampler`](crate::GuidedSampler).
+    ///
+    /// As in diffusers, no negative prompt means the empty one, but zeros with an SDXL folder whose `model_index.json` does
+    /// not say `force_zeros_for_empty_prompt: false`; `Some("")` is always encoded. Where the negative says what the prompts
+    /// say, there is nothing to be guided by, and it is left out.
+    ///
+    /// # Errors
+    /// As [`prompts`](Self::prompts); a scale that is negative, infinite or NaN.
+    pub fn guidance(&self, prompts: &[&str], negative: Option<&str>, scale: f64, size: (i64, i64)) -> Result<Guidance<Condition>> {
+        let mut guidance = Guidance { prompt: self.prompts(prompts, size)?, negative: None, scale };
+        guidance.check()?;
+        let zeros = negative.is_none() && self.text.zeroes_negative();
+        if scale != 1.0 && (zeros || prompts.iter().any(|prompt| *prompt != negative.unwrap_or(""))) {
+            guidance.negative = Some(match negative {
+                Some(negative) => self.prompts(&[negative], size)?,
+                None => self.text.absent_negative(size)?,
+            });
         }
-        let Some((tokenizer, encoder)) = &self.text else {
-            if let Some(prompt) = prompts.iter().find(|prompt| !prompt.is_empty()) {
-                return Err(Error::argument("prompt", format!("`{prompt}`: this model has no text encoder; only the empty prompt is possible")));
-            }
-            let null = condition::zeros(self.unet.cross_attention_dim(), self.device)?;
-            let batch = i64::try_from(prompts.len()).unwrap_or(1);
-            return Ok(Condition::new(null.text.f_expand([batch, -1, -1], false)?));
-        };
-        let rows = prompts.iter().map(|prompt| Ok(Tensor::f_from_slice(&tokenizer.encode(prompt)?)?)).collect::<Result<Vec<_>>>()?;
-        tch::no_grad(|| Ok(Condition::new(encoder.forward(&Tensor::f_stack(&rows, 0)?)?)))
+        Ok(guidance)
+    }
+
+    /// Frees the text encoders once all prompts are encoded: SDXL's are 1.6 GB in half precision. The null prompt, which
+    /// [`extractor`](Self::extractor) asks for, stays possible.
+    ///
+    /// # Errors
+    /// libtorch's; the encoders are then still there.
+    pub fn drop_text_encoders(&mut self) -> Result<()> {
+        self.text.drop_encoders()
     }
 
     /// The schedule in so many steps.
@@ -238,30 +247,20 @@ impl StableDiffusion {
         Ok(FeatureExtractor::new(self, self.prompts(&[""], size)?, layers))
     }
 
-    /// Standard normal latents for a picture of `(height, width)` pixels, by [`seeded_noise`]: a seed gives what Python's
-    /// `torch.manual_seed(seed); torch.randn(..)` gives on the CPU, on every device.
+    /// Standard normal latents for `batch` pictures of `(height, width)` pixels, drawn at once from a [`Noise`]. Seeded, that
+    /// gives what Python's `torch.manual_seed(seed); torch.randn(..)` gives on the CPU, on every device.
     ///
     /// # Errors
     /// A batch below 1; as [`fit`](Self::fit).
-    pub fn noise(&self, batch: i64, size: (i64, i64), seed: u64) -> Result<Tensor> {
+    pub fn noise(&self, batch: i64, size: (i64, i64), noise: &mut Noise) -> Result<Tensor> {
         if batch < 1 {
             return Err(Error::argument("batch", format!("{batch} is not at least 1")));
         }
         let (height, width) = self.fit(size)?;
         let factor = self.vae.factor();
-        Ok(seeded_noise(seed, &[batch, self.unet.in_channels(), height / factor, width / factor])?.f_to_device(self.device)?)
+        let shape = [batch, self.unet.in_channels(), height / factor, width / factor];
+        noise.draw(&Tensor::f_zeros(shape, (Kind::Float, self.device))?)
     }
-}
-
-/// Whether the folder is meant to have a text encoder: without one its null prompt would be another.
-fn names_text_encoder(folder: &Path) -> Result<bool> {
-    let index = folder.join("model_index.json");
-    if !index.is_file() {
-        return Ok(false);
-    }
-    let config = config::Config::open(&index)?;
-    // A class and its library; [null, null] for a part that was left out.
-    Ok(config.get("text_encoder").and_then(|part| part.get(1)).is_some_and(|class| !class.is_null()))
 }
 
 impl Denoiser for StableDiffusion {

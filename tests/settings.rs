@@ -1,7 +1,7 @@
 //! Settings and sizes outside of their range are refused before a run begins.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
 
-use attention_distillation::{Error, Settings};
+use attention_distillation::{Error, Noise, Settings};
 
 /// `change` spoils sound settings: the error names the setting and its value.
 #[track_caller]
@@ -79,7 +79,7 @@ fn empty_and_absurd_sizes() {
 
 #[cfg(feature = "stable-diffusion")]
 mod fit {
-    use attention_distillation::{Error, StableDiffusion};
+    use attention_distillation::{Error, Noise, StableDiffusion};
     use std::path::PathBuf;
     use std::time::{Duration, Instant};
     use tch::{Device, Kind};
@@ -101,7 +101,7 @@ mod fit {
         assert!(matches!(error, Error::Argument { argument: "size", .. }), "{error:?}");
         let message = error.to_string();
         assert!(message.contains("size") && message.contains(&format!("{width}x{height}")), "{message}");
-        assert_eq!(model.noise(1, (height, width), 0).unwrap_err().to_string(), message);
+        assert_eq!(model.noise(1, (height, width), &mut Noise::seeded(0)).unwrap_err().to_string(), message);
         assert!(started.elapsed() < Duration::from_secs(2), "{message}");
         message
     }
@@ -111,7 +111,7 @@ mod fit {
         let model = tiny();
         for ((height, width), fit) in [((64, 64), (64, 64)), ((71, 65), (64, 64)), ((8, 8), (8, 8)), ((15, 1000), (8, 1000)), ((33, 47), (32, 40))] {
             assert_eq!(model.fit((height, width)).unwrap(), fit, "{height}, {width}");
-            assert_eq!(model.noise(2, (height, width), 1).unwrap().size(), [2, 4, fit.0 / 8, fit.1 / 8]);
+            assert_eq!(model.noise(2, (height, width), &mut Noise::seeded(1)).unwrap().size(), [2, 4, fit.0 / 8, fit.1 / 8]);
         }
         // Its autoencoder has a factor of 4.
         assert_eq!(open("assets/mini").fit((30, 31)).unwrap(), (28, 28));
@@ -165,7 +165,7 @@ mod fit {
     #[test]
     fn noise_of_no_pictures() {
         for batch in [0, -1, i64::MIN] {
-            let error = tiny().noise(batch, (64, 64), 0).unwrap_err();
+            let error = tiny().noise(batch, (64, 64), &mut Noise::seeded(0)).unwrap_err();
             assert!(matches!(error, Error::Argument { argument: "batch", .. }), "{error:?}");
             assert!(error.to_string().contains(&batch.to_string()), "{error}");
         }

@@ -1,4 +1,5 @@
 //! What the examples share: flags, opening a model, running with progress, writing pictures.
+#![allow(dead_code)] // Each example uses a part of it.
 
 mod flags;
 mod model;
@@ -8,14 +9,14 @@ pub use flags::Shared;
 pub use model::open;
 pub use progress::follow;
 
-use attention_distillation::{image, tch::Tensor, Error, Result};
+use attention_distillation::{image, tch::Tensor, References, Result, StableDiffusion, Style};
 use std::{path::PathBuf, process::ExitCode};
 
-/// Runs an example: the last line on stdout is the path it returns; an error is one line on stderr and status 1.
-pub fn report(outcome: Result<PathBuf>) -> ExitCode {
+/// Ends an example: the last lines on stdout are the paths that it wrote; an error is one line on stderr and status 1.
+pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
     match outcome {
-        Ok(path) => {
-            println!("{}", path.display());
+        Ok(paths) => {
+            paths.iter().for_each(|path| println!("{}", path.display()));
             ExitCode::SUCCESS
         }
         Err(error) => {
@@ -42,17 +43,37 @@ pub fn check_outputs(shared: &Shared) -> Result<()> {
     shared.sheet.as_ref().map_or(Ok(()), image::check_writable)
 }
 
-/// Writes the result, and the sheet of inputs and result where one was asked for.
-pub fn write(shared: &Shared, inputs: &[&Tensor], result: &Tensor) -> Result<PathBuf> {
-    image::save(result, &shared.output)?;
-    if let Some(sheet) = &shared.sheet {
-        let row: Vec<&Tensor> = inputs.iter().copied().chain([result]).collect();
-        image::save(&image::sheet(&row)?, sheet)?;
+/// The files of so many pictures: the output itself, or NAME-0.png, NAME-1.png and so on.
+pub fn files(shared: &Shared, count: usize) -> Vec<PathBuf> {
+    if count == 1 {
+        return vec![shared.output.clone()];
     }
-    Ok(shared.output.clone())
+    let part = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
+    let (stem, extension) = (part(shared.output.file_stem()), part(shared.output.extension()));
+    (0..count).map(|i| shared.output.with_file_name(format!("{stem}-{i}.{extension}"))).collect()
 }
 
-/// A flag whose feature is still to come.
-pub fn not_yet(flag: &'static str, value: &str, instead: &str) -> Error {
-    Error::Argument { argument: flag, reason: format!("`{value}` is not there yet; {instead}") }
+/// Each picture of the batch to its file.
+pub fn save(pictures: &Tensor, files: &[PathBuf]) -> Result<()> {
+    files.iter().zip(0..).try_for_each(|(file, i)| image::save(&pictures.f_narrow(0, i, 1)?, file))
+}
+
+/// Writes inputs and results side by side, where that was asked for.
+pub fn sheet(shared: &Shared, inputs: &[&Tensor], results: &[Tensor]) -> Result<()> {
+    let row: Vec<&Tensor> = inputs.iter().copied().chain(results).collect();
+    shared.sheet.as_ref().map_or(Ok(()), |file| image::save(&image::sheet(&row)?, file))
+}
+
+/// Style pictures keep their aspect ratio; their area becomes the output's.
+pub fn scaled_to_area(model: &StableDiffusion, pictures: &[Tensor], (height, width): (i64, i64)) -> Result<Vec<Tensor>> {
+    let factor = model.vae().factor();
+    pictures.iter().map(|picture| image::resize(picture, image::size_of_area(image::size(picture)?, height * width, factor)?)).collect()
+}
+
+/// The latents of styles and content.
+pub fn references(model: &StableDiffusion, styles: &[Tensor], content: Option<&Tensor>) -> Result<References> {
+    let styles = styles.iter().map(|picture| Ok(Style::new(model.encode(picture)?))).collect::<Result<Vec<_>>>()?;
+    let mut references = References::styles(styles);
+    references.content = content.map(|picture| model.encode(picture)).transpose()?;
+    Ok(references)
 }

@@ -1,10 +1,12 @@
 //! Running to the end, with a bar on a terminal and plain lines elsewhere, previews, and Ctrl-C.
 
-use super::Shared;
-use attention_distillation::{image, Denoiser, Distiller, Optimizer, Result, StableDiffusion};
+use super::{save, Shared};
+use attention_distillation::tch::{Device, Tensor};
+use attention_distillation::{Denoiser, Distiller, GuidedSampler, Optimizer, Progress, Result, StableDiffusion};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     io::IsTerminal,
+    path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
 };
@@ -23,39 +25,72 @@ fn stop_on_ctrl_c() {
     }
 }
 
-/// All steps of a run, or as many as there are before Ctrl-C.
-pub fn follow<D: Denoiser, O: Optimizer>(run: &mut Distiller<D, O>, model: &StableDiffusion, shared: &Shared) -> Result<()> {
+/// Either procedure, as far as watching it goes.
+pub trait Run {
+    fn advance(&mut self) -> Result<Option<Progress>>;
+    fn check(&mut self) -> Result<()>;
+    fn latents(&self) -> &Tensor;
+    fn steps(&self) -> usize;
+}
+
+macro_rules! run {
+    ($run:ident, $steps:expr) => {
+        impl<D: Denoiser, O: Optimizer> Run for $run<D, O> {
+            fn advance(&mut self) -> Result<Option<Progress>> {
+                self.advance()
+            }
+            fn check(&mut self) -> Result<()> {
+                self.check()
+            }
+            fn latents(&self) -> &Tensor {
+                &self.latents
+            }
+            fn steps(&self) -> usize {
+                $steps(self)
+            }
+        }
+    };
+}
+run!(Distiller, |run: &Distiller<D, O>| run.timesteps.len());
+run!(GuidedSampler, |run: &GuidedSampler<D, O>| run.scheduler.timesteps().len());
+
+/// All steps of a run, or as many as there are before Ctrl-C; previews go to the files. Returns the pictures, and whether the
+/// run came to its end.
+pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files: &[PathBuf]) -> Result<(Tensor, bool)> {
     stop_on_ctrl_c();
-    let steps = run.timesteps.len();
+    let steps = run.steps();
     let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(steps as u64));
     if let Some(bar) = &bar {
         // A template that does not parse leaves indicatif's own.
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar()));
     }
     let started = Instant::now();
+    let mut whole = true;
     while let Some(progress) = run.advance()? {
         let step = progress.step;
         // Asking for the loss makes a GPU wait, so not in every step of a long run.
         let shown = step == steps || step % (steps / 10).max(1) == 0;
-        if shown || (bar.is_some() && model.device() == attention_distillation::tch::Device::Cpu) {
+        if shown || (bar.is_some() && model.device() == Device::Cpu) {
             run.check()?;
-            let loss = progress.loss()?.map_or(String::new(), |loss| format!("loss {loss:.4}"));
+            let loss = progress.loss()?.map_or(String::new(), |loss| format!(" loss {loss:.4}"));
+            let left = started.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64;
             match &bar {
-                Some(bar) => bar.set_message(loss),
-                None => eprintln!("step {step}/{steps} {loss}, {:.0} s left", started.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64),
+                Some(bar) => bar.set_message(loss.trim_start().to_owned()),
+                None => eprintln!("step {step}/{steps}{loss}, {left:.0} s left"),
             }
         }
         bar.iter().for_each(|bar| bar.set_position(step as u64));
         if shared.preview.is_some_and(|every| step % every == 0 && step < steps) {
             run.check()?;
-            image::save(&model.decode(&run.latents)?, &shared.output)?;
+            save(&model.decode(run.latents())?, files)?;
         }
         if STOP.load(Ordering::Relaxed) && step < steps {
             run.check()?;
             eprintln!("stopped after step {step} of {steps}");
+            whole = false;
             break;
         }
     }
     bar.iter().for_each(ProgressBar::finish_and_clear);
-    Ok(())
+    Ok((model.decode(run.latents())?, whole))
 }

@@ -1,4 +1,4 @@
-//! `CLIPTextModel`: token ids to text embeddings, from its `config.json`.
+//! `CLIPTextModel` and `CLIPTextModelWithProjection`: token ids to text embeddings, from their `config.json`.
 
 use super::config::Config;
 use super::layers::{merge_heads, split_heads, Activation, LayerNorm, Linear};
@@ -15,11 +15,30 @@ pub struct ClipTextModel {
     position_embedding: Tensor,
     layers: Vec<Layer>,
     final_norm: LayerNorm,
+    projection: Option<Linear>,
+    /// The id at which a text ends.
+    end: i64,
     heads: i64,
     width: i64,
     positions: usize,
     device: Device,
 }
+
+/// What the encoder makes of a batch of texts.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct ClipOutput {
+    /// The last hidden state after the final norm, `(batch, tokens, hidden_size)`: what Stable Diffusion 1 and 2 want.
+    pub last: Tensor,
+    /// The hidden state before the last layer, without a norm, `(batch, tokens, hidden_size)`: what SDXL wants.
+    pub penultimate: Tensor,
+    /// The last hidden state at each text's end, projected, `(batch, projection_dim)`; none without a projection.
+    pub pooled: Option<Tensor>,
+}
+
+/// Configurations that say this were written when texts were taken to end at their highest id, and transformers still
+/// does so with them.
+const LEGACY_END: i64 = 2;
 
 const ACTIVATIONS: &[(&str, Activation)] = &[("quick_gelu", Activation::QuickGelu), ("gelu", Activation::Gelu)];
 
@@ -35,7 +54,10 @@ impl ClipTextModel {
         let weights = Weights::open(folder, "model", kind == Kind::Half, device, kind)?;
         let root = weights.root();
         let inner = root.at("text_model");
-        let model = Self::build(&config, if inner.has("final_layer_norm.weight") { &inner } else { &root }, device)?;
+        let mut model = Self::build(&config, if inner.has("final_layer_norm.weight") { &inner } else { &root }, device)?;
+        if root.at("text_projection").has("weight") {
+            model.projection = Some(Linear::without_bias(&root.at("text_projection"), model.width, config.count("projection_dim", 512)?)?);
+        }
         weights.report();
         Ok(model)
     }
@@ -60,6 +82,8 @@ impl ClipTextModel {
             position_embedding: embeddings.at("position_embedding").tensor("weight", &[positions, width])?,
             layers: (0..config.count("num_hidden_layers", 12)?).map(|i| Layer::new(&at.at("encoder.layers").at(i), shape)).collect::<Result<_>>()?,
             final_norm: LayerNorm::new(&at.at("final_layer_norm"), width, shape.epsilon)?,
+            projection: None,
+            end: config.number("eos_token_id", 49407.0)? as i64,
             heads,
             width,
             positions: usize::try_from(positions).unwrap_or(usize::MAX),
@@ -72,16 +96,21 @@ impl ClipTextModel {
         self.width
     }
 
+    /// Width of the pooled text, where the encoder has a projection.
+    pub fn pooled_width(&self) -> Option<i64> {
+        self.projection.as_ref().map(Linear::outputs)
+    }
+
     /// The most tokens of a text.
     pub fn positions(&self) -> usize {
         self.positions
     }
 
-    /// The last hidden state after the final norm, `(batch, tokens, hidden_size)`, for ids `(batch, tokens)`.
+    /// For ids `(batch, tokens)`.
     ///
     /// # Errors
     /// More tokens than positions, or an id outside of the vocabulary.
-    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, ids: &Tensor) -> Result<ClipOutput> {
         let positions = self.position_embedding.size2()?.0;
         let tokens = match ids.size().as_slice() {
             &[batch, tokens] if batch > 0 && (1..=positions).contains(&tokens) => tokens,
@@ -97,10 +126,26 @@ impl ClipTextModel {
             ));
         }
         let mut x = Tensor::f_embedding(&self.token_embedding, &ids, -1, false, false)?.f_add(&self.position_embedding.f_narrow(0, 0, tokens)?)?;
+        let mut penultimate = x.shallow_clone();
         for layer in &self.layers {
+            penultimate = x.shallow_clone();
             x = layer.forward(&x, self.heads)?;
         }
-        self.final_norm.forward(&x)
+        let last = self.final_norm.forward(&x)?;
+        let pooled = self.projection.as_ref().map(|projection| projection.forward(&self.at_end(&last, &ids)?)).transpose()?;
+        Ok(ClipOutput { last, penultimate, pooled })
+    }
+
+    /// The hidden states where the texts end, `(batch, hidden_size)`.
+    fn at_end(&self, last: &Tensor, ids: &Tensor) -> Result<Tensor> {
+        let ends = if self.end == LEGACY_END {
+            ids.f_argmax(-1, true)?
+        } else {
+            // The first of them: texts may be padded with ends.
+            ids.f_eq_tensor(&integer(self.end)?)?.f_to_kind(Kind::Int)?.f_argmax(-1, true)?
+        };
+        let rows = ends.f_unsqueeze(-1)?.f_expand([-1, -1, self.width], false)?;
+        Ok(last.f_gather(1, &rows, false)?.f_squeeze_dim(1)?)
     }
 }
 

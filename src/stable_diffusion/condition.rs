@@ -1,6 +1,5 @@
 //! What conditions the U-Net.
 
-use crate::Result;
 use tch::Tensor;
 
 /// Encoded prompts. A batch of 1 serves any batch of latents.
@@ -11,7 +10,7 @@ pub struct Condition {
     pub text: Tensor,
     /// SDXL: pooled text, `(batch, width)`.
     pub pooled: Option<Tensor>,
-    /// SDXL: original size, crop, target size, each `(height, width)` in pixels: `(batch, 6)`.
+    /// SDXL: original size, crop, target size, each `(height, width)` in pixels, `(batch, 6)`.
     pub time_ids: Option<Tensor>,
 }
 
@@ -37,9 +36,4 @@ impl Condition {
             time_ids: self.time_ids.as_ref().map(Tensor::shallow_clone),
         }
     }
-}
-
-/// Zeros, the null prompt of a model without a text encoder.
-pub(crate) fn zeros(width: i64, device: tch::Device) -> Result<Condition> {
-    Ok(Condition::new(Tensor::f_zeros([1, 1, width], (tch::Kind::Float, device))?))
 }

@@ -14,6 +14,8 @@ const MOST_BYTES: u64 = 16 << 20;
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     path: PathBuf,
+    /// The key of the file's object that this one stands in, where it does.
+    within: Option<String>,
     values: Map<String, Value>,
 }
 
@@ -26,7 +28,7 @@ impl Config {
         }
         let text = std::fs::read(path).map_err(Error::io(path))?;
         match serde_json::from_slice(&text) {
-            Ok(Value::Object(values)) => Ok(Self { path: path.to_owned(), values }),
+            Ok(Value::Object(values)) => Ok(Self { path: path.to_owned(), within: None, values }),
             Ok(_) => Err(bad("is not a JSON object".into())),
             Err(error) => Err(bad(format!("is not JSON: {error}"))),
         }
@@ -56,7 +58,20 @@ impl Config {
     }
 
     pub(crate) fn bad(&self, reason: impl Into<String>) -> Error {
-        Error::Config { path: self.path.clone(), reason: reason.into() }
+        let reason = match &self.within {
+            Some(key) => format!("in `{key}`: {}", reason.into()),
+            None => reason.into(),
+        };
+        Error::Config { path: self.path.clone(), reason }
+    }
+
+    /// An object within this one.
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Self>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(values)) => Ok(Some(Self { path: self.path.clone(), within: Some(key.to_owned()), values: values.clone() })),
+            Some(value) => Err(self.wrong(key, value, "it must be an object")),
+        }
     }
 
     fn wrong(&self, key: &str, value: &Value, wanted: &str) -> Error {

@@ -21,6 +21,10 @@ impl Linear {
         Ok(Self { weight: at.tensor("weight", &[outputs, inputs])?, bias: None })
     }
 
+    pub(crate) fn outputs(&self) -> i64 {
+        self.weight.size().first().copied().unwrap_or(0)
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
     }

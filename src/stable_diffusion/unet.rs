@@ -203,6 +203,11 @@ impl UNet {
         self.add_embedding.is_some()
     }
 
+    /// Width of the pooled text that it wants, where it wants any.
+    pub(crate) fn pooled_width(&self) -> Option<i64> {
+        self.add_embedding.as_ref().map(|(sinusoid, embedding)| embedding.inputs() - 6 * sinusoid.width)
+    }
+
     /// Bytes of its first layer's output, for so many latents (height times width).
     pub(crate) fn activation_bytes(&self, latents: i64) -> i64 {
         let width = i64::try_from(self.kind.elt_size_in_bytes()).unwrap_or(4);
