@@ -6,13 +6,18 @@ mod block;
 mod clip;
 mod condition;
 mod config;
+mod control;
+mod controlnet;
 mod embedding;
+mod encoder;
+mod guidance;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod layers;
 mod resnet;
 mod schedule;
 mod settings;
+mod time;
 mod tokenizer;
 mod transformer;
 mod unet;
@@ -21,13 +26,15 @@ mod weights;
 
 pub use clip::ClipTextModel;
 pub use condition::Condition;
+pub use control::Control;
+pub use controlnet::{ControlNet, Residuals};
 pub use schedule::scheduler_config;
 pub use tokenizer::ClipTokenizer;
 pub use unet::UNet;
 pub use vae::AutoencoderKl;
 
 use crate::scalar::WithNumber;
-use crate::{image, memory, seeded_noise, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Result, Scheduler, Settings};
+use crate::{image, memory, seeded_noise, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Guidance, Result, Scheduler, Settings};
 use settings::FolderSettings;
 use std::{ops::Range, path::Path};
 use tch::{Device, Kind, Tensor};
@@ -48,6 +55,7 @@ pub struct StableDiffusion {
     schedule: DdimConfig,
     settings: FolderSettings,
     device: Device,
+    controlnets: Vec<ControlNet>,
 }
 
 impl StableDiffusion {
@@ -109,7 +117,7 @@ impl StableDiffusion {
         if let Some(layers) = layers.filter(|layers| layers.end > count) {
             return Err(bad(format!("its attention_distillation.json names layers {}..{}, its U-Net has {count}", layers.start, layers.end)));
         }
-        Ok(Self { unet, vae, text, schedule, settings, device })
+        Ok(Self { unet, vae, text, schedule, settings, device, controlnets: vec![] })
     }
 
     /// The noise predictor.
@@ -268,6 +276,13 @@ impl Denoiser for StableDiffusion {
     type Condition = Condition;
 
     fn forward(&self, latents: &Tensor, timestep: f64, condition: &Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
-        self.unet.forward(latents, timestep, condition, hook)
+        let time = self.unet.timestep(timestep)?;
+        let residuals = self.residuals(latents, (timestep, &time), condition)?;
+        self.unet.forward_with(latents, &time, condition, residuals.as_ref(), hook)
+    }
+
+    /// Prompt and negative in one batch.
+    fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<Condition>) -> Result<Tensor> {
+        guidance::forward(self, latents, timestep, guidance)
     }
 }
