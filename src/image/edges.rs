@@ -26,12 +26,14 @@ pub fn canny(picture: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     }
     let pixels = super::to_rgb8(picture)?;
     let (height, width, _) = pixels.dim();
-    let odd = |error: &dyn std::fmt::Display| Error::argument("picture", format!("of {width}x{height} pixels: {error}"));
-    let sides = (u32::try_from(width).map_err(|error| odd(&error))?, u32::try_from(height).map_err(|error| odd(&error))?);
+    let wrong = |error: &dyn std::fmt::Display| Error::argument("picture", format!("of {width}x{height} pixels: {error}"));
+    let sides = (u32::try_from(width).map_err(|error| wrong(&error))?, u32::try_from(height).map_err(|error| wrong(&error))?);
     let bytes = pixels.into_raw_vec_and_offset().0;
-    let rgb = image::RgbImage::from_raw(sides.0, sides.1, bytes).ok_or_else(|| odd(&"too few bytes"))?;
+    let rgb = image::RgbImage::from_raw(sides.0, sides.1, bytes).ok_or_else(|| wrong(&"too few bytes"))?;
     let grey: GrayImage = image::imageops::grayscale(&rgb);
-    let edges = imageproc::edges::canny(&grey, low, high).into_raw();
+    // By imageproc's count the rim has strength 0; were that an edge, it would look for neighbours beyond the picture.
+    let low = low.max(f32::MIN_POSITIVE);
+    let edges = imageproc::edges::canny(&grey, low, high.max(low)).into_raw();
     let three = edges.into_iter().flat_map(|value| [value; 3]).collect();
-    super::from_rgb8(Array3::from_shape_vec((height, width, 3), three).map_err(|error| odd(&error))?.view())
+    super::from_rgb8(Array3::from_shape_vec((height, width, 3), three).map_err(|error| wrong(&error))?.view())
 }

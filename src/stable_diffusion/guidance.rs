@@ -65,3 +65,50 @@ fn both(first: &Tensor, second: &Tensor, batch: i64) -> Result<Option<Tensor>> {
     };
     Ok(Some(Tensor::f_cat(&[rows(first)?, rows(second)?], 0)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::AttentionHook;
+    use std::cell::RefCell;
+
+    /// Notes how many latents each pass has.
+    #[derive(Default)]
+    struct Network(RefCell<Vec<i64>>);
+
+    impl Denoiser for Network {
+        type Condition = Condition;
+
+        fn forward(&self, latents: &Tensor, _: f64, condition: &Condition, _: &mut dyn AttentionHook) -> Result<Tensor> {
+            let batch = latents.size4()?.0;
+            self.0.borrow_mut().push(batch);
+            let text = condition.text.f_mean_dim(Some([1_i64, 2].as_slice()), false, None)?.f_view([-1, 1, 1, 1])?;
+            Ok(latents.f_mul(&text)?)
+        }
+    }
+
+    fn text(tokens: i64, value: f64) -> Result<Condition> {
+        Ok(Condition::new(Tensor::f_ones([1, tokens, 2], (tch::Kind::Float, tch::Device::Cpu))?.times(value)?))
+    }
+
+    #[test]
+    fn one_pass_where_it_can_be_one() -> Result<()> {
+        tch::set_num_threads(1);
+        let latents = Tensor::f_ones([2, 1, 1, 1], (tch::Kind::Float, tch::Device::Cpu))?;
+        let ids = || Tensor::f_ones([1, 6], (tch::Kind::Float, tch::Device::Cpu));
+        for (prompt, negative, scale, passes) in [
+            (text(5, 3.0)?, Some(text(5, 1.0)?), 2.0, vec![4]),
+            (text(5, 3.0)?, Some(text(6, 1.0)?), 2.0, vec![2, 2]),
+            (text(5, 3.0)?, Some(text(5, 1.0)?.with_pooled(ids()?, ids()?)), 2.0, vec![2, 2]),
+            (text(5, 3.0)?, Some(text(5, 1.0)?), 1.0, vec![2]),
+            (text(5, 3.0)?, None, 2.0, vec![2]),
+        ] {
+            let network = Network::default();
+            let wanted = if passes == [2] { 3.0 } else { 5.0 };
+            let predicted = forward(&network, &latents, 1.0, &Guidance { prompt, negative, scale })?;
+            assert_eq!(Vec::<f32>::try_from(predicted.f_view([-1])?)?, [wanted, wanted]);
+            assert_eq!(*network.0.borrow(), passes);
+        }
+        Ok(())
+    }
+}
