@@ -899,7 +899,7 @@ fn an_sdxl_folder_is_refused_by_name() {
     check.refused("two text encoders", copy.open(), &["Config"], &["SDXL", copy.folder().to_str().unwrap()]);
     // The same network where the second encoder was not fetched: no prompt could be given to it.
     let copy = ModelCopy::new();
-    let sdxl = ModelCopy::of("sdxl_unet");
+    let sdxl = ModelCopy::of("sdxl/unet");
     for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
         copy.write(&format!("unet/{file}"), sdxl.read(file));
     }
@@ -1359,7 +1359,7 @@ fn conditions_that_do_not_fit() {
 /// What SDXL wants beside the text.
 #[test]
 fn pooled_conditions_that_do_not_fit() {
-    let copy = ModelCopy::of("sdxl_unet");
+    let copy = ModelCopy::of("sdxl/unet");
     let unet = UNet::open(copy.folder(), Device::Cpu, Kind::Float).unwrap();
     let mut check = Check::default();
     // 64 numbers in all, 6 of them ids of 8 each.

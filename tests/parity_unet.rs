@@ -58,7 +58,7 @@ fn like_stable_diffusion_15() {
 /// Lists in the config, linear projections, pooled text and time ids; f16 on disk.
 #[test]
 fn like_stable_diffusion_xl() {
-    network("sdxl_unet", "unet_sdxl", &["even", "odd"]);
+    network("sdxl/unet", "unet_sdxl", &["even", "odd"]);
 }
 
 /// Two shards in bf16; other channel counts in and out, and the rarer settings.
@@ -82,7 +82,7 @@ fn recording_changes_no_bit() {
 
 fn losses(folder: &str, file: &str) {
     let (unet, expected) = (unet(folder), Expected::read(file));
-    let network_layers = if folder == "sdxl_unet" { 28 } else { 16 };
+    let network_layers = if folder == "sdxl/unet" { 28 } else { 16 };
     let extractor = FeatureExtractor::new(&unet, condition(&expected, "in."), network_layers - 6..network_layers);
     let input = |name: &str| expected.get(&format!("in.{name}")).shallow_clone();
     let timestep = expected.number("in.timestep");
@@ -115,5 +115,5 @@ fn losses_and_gradients() {
 
 #[test]
 fn losses_and_gradients_xl() {
-    losses("sdxl_unet", "losses_sdxl");
+    losses("sdxl/unet", "losses_sdxl");
 }

@@ -71,6 +71,15 @@ class RecordedAttention:
         return dropout(projection(output.transpose(1, 2).flatten(2)))
 
 
+def expanded(condition, batch):
+    """A condition as diffusers' networks take it."""
+    extra = None
+    if isinstance(condition, dict):
+        extra = {"text_embeds": condition["pooled"].expand(batch, -1), "time_ids": condition["time_ids"].expand(batch, -1)}
+        condition = condition["text"]
+    return {"encoder_hidden_states": condition.expand(batch, -1, -1), "added_cond_kwargs": extra}
+
+
 class Network:
     """A UNet whose self-attention layers can be looked at."""
 
@@ -88,15 +97,19 @@ class Network:
     def last(self, count=6):
         return range(self.layer_count - count, self.layer_count)
 
-    def predict(self, latents, timestep, condition):
-        """The noise prediction. `condition` is the text, or a dict with `text`, `pooled` and `time_ids`."""
-        batch = latents.shape[0]
-        extra = None
-        if isinstance(condition, dict):
-            extra = {"text_embeds": condition["pooled"].expand(batch, -1), "time_ids": condition["time_ids"].expand(batch, -1)}
-            condition = condition["text"]
-        text = condition.expand(batch, -1, -1)
-        return self.unet(latents, timestep, encoder_hidden_states=text, added_cond_kwargs=extra).sample
+    def predict(self, latents, timestep, condition, residuals=(None, None)):
+        """The noise prediction. `condition` is the text, or a dict with `text`, `pooled` and `time_ids`.
+
+        `residuals` are a ControlNet's: the list for the way down, and the one for the middle.
+        """
+        down, middle = residuals
+        return self.unet(
+            latents,
+            timestep,
+            **expanded(condition, latents.shape[0]),
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).sample
 
     def features(self, latents, timestep, condition, layers):
         self.recorder.begin(layers, stop=True)
