@@ -89,7 +89,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let settings = flags.over(model.settings(task)?)?;
     let size = model.fit(settings.size.unwrap_or((512, 512)))?;
     let ddim = model.ddim(settings.steps)?;
-    let control = control.map(|picture| flags.control.open(&mut model, &picture, size, &ddim.timesteps())).transpose()?;
+    let control = control.map(|picture| flags.control.open(&mut model, &picture, size, ddim.timesteps())).transpose()?;
     let content = content.map(|picture| image::resize(&picture, size)).transpose()?;
     let styles = common::scaled_to_area(&model, &styles, size)?;
     let references = common::references(&model, &styles, content.as_ref())?;

@@ -3,9 +3,13 @@
 //! A picture is a tensor `(batch, 3, height, width)` in f32, RGB, values 0 to 1, sRGB as stored.
 
 mod array;
+#[cfg(feature = "stable-diffusion")]
+mod edges;
 mod file;
 
 pub use array::{from_array, from_rgb8, to_array, to_rgb8};
+#[cfg(feature = "stable-diffusion")]
+pub use edges::{canny, CANNY_HIGH, CANNY_LOW};
 pub use file::{check_writable, load, save};
 
 use crate::scalar::WithNumber;

@@ -6,7 +6,11 @@ mod block;
 mod clip;
 mod condition;
 mod config;
+mod control;
+mod controlnet;
 mod embedding;
+mod encoder;
+mod guidance;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod layers;
@@ -14,6 +18,7 @@ mod resnet;
 mod schedule;
 mod settings;
 mod text;
+mod time;
 mod tokenizer;
 mod transformer;
 mod unet;
@@ -22,6 +27,8 @@ mod weights;
 
 pub use clip::{ClipOutput, ClipTextModel};
 pub use condition::Condition;
+pub use control::Control;
+pub use controlnet::{ControlNet, Residuals};
 pub use schedule::scheduler_config;
 pub use tokenizer::ClipTokenizer;
 pub use unet::UNet;
@@ -51,6 +58,7 @@ pub struct StableDiffusion {
     settings: FolderSettings,
     device: Device,
     kind: Kind,
+    controlnets: Vec<ControlNet>,
 }
 
 impl StableDiffusion {
@@ -89,7 +97,7 @@ impl StableDiffusion {
         if let Some(layers) = layers.filter(|layers| layers.end > count) {
             return Err(bad(format!("its attention_distillation.json names layers {}..{}, its U-Net has {count}", layers.start, layers.end)));
         }
-        Ok(Self { unet, vae, text, schedule, settings, device, kind })
+        Ok(Self { unet, vae, text, schedule, settings, device, kind, controlnets: vec![] })
     }
 
     /// The noise predictor.
@@ -267,6 +275,13 @@ impl Denoiser for StableDiffusion {
     type Condition = Condition;
 
     fn forward(&self, latents: &Tensor, timestep: f64, condition: &Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
-        self.unet.forward(latents, timestep, condition, hook)
+        let time = self.unet.timestep(timestep)?;
+        let residuals = self.residuals(latents, (timestep, &time), condition)?;
+        self.unet.forward_with(latents, &time, condition, residuals.as_ref(), hook)
+    }
+
+    /// Prompt and negative in one batch.
+    fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<Condition>) -> Result<Tensor> {
+        guidance::forward(self, latents, timestep, guidance)
     }
 }

@@ -69,31 +69,32 @@ impl DownBlock {
     }
 }
 
-/// `UNetMidBlock2DCrossAttn`: residual, transformer, residual.
+/// `UNetMidBlock2DCrossAttn`: residual, transformer, residual; in `UNetMidBlock2D` the first residual is all.
 #[derive(Debug)]
 pub(crate) struct MidBlock {
     first: Resnet,
-    transformer: Transformer,
-    second: Resnet,
+    rest: Option<(Transformer, Resnet)>,
 }
 
 impl MidBlock {
-    pub(crate) fn new(at: &Scope<'_>, resnet: ResnetStyle, transformer: TransformerShape) -> Result<Self> {
-        let channels = transformer.channels;
-        Ok(Self {
-            first: Resnet::new(&at.at("resnets.0"), channels, channels, resnet)?,
-            transformer: Transformer::new(&at.at("attentions.0"), transformer)?,
-            second: Resnet::new(&at.at("resnets.1"), channels, channels, resnet)?,
-        })
+    pub(crate) fn new(at: &Scope<'_>, channels: i64, resnet: ResnetStyle, transformer: Option<TransformerShape>) -> Result<Self> {
+        let first = Resnet::new(&at.at("resnets.0"), channels, channels, resnet)?;
+        let rest = |shape| -> Result<_> {
+            Ok((Transformer::new(&at.at("attentions.0"), shape)?, Resnet::new(&at.at("resnets.1"), channels, channels, resnet)?))
+        };
+        Ok(Self { first, rest: transformer.map(rest).transpose()? })
     }
 
     pub(crate) fn self_attentions(&self) -> usize {
-        self.transformer.len()
+        self.rest.as_ref().map_or(0, |(transformer, _)| transformer.len())
     }
 
     pub(crate) fn forward(&self, x: &Tensor, time: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let x = self.first.forward(x, Some(time))?;
-        self.second.forward(&self.transformer.forward(&x, pass)?, Some(time))
+        match &self.rest {
+            Some((transformer, second)) => second.forward(&transformer.forward(&x, pass)?, Some(time)),
+            None => Ok(x),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! What conditions the U-Net.
 
+use super::Control;
 use tch::Tensor;
 
 /// Encoded prompts. A batch of 1 serves any batch of latents.
@@ -12,18 +13,28 @@ pub struct Condition {
     pub pooled: Option<Tensor>,
     /// SDXL: original size, crop, target size, each `(height, width)` in pixels, `(batch, 6)`.
     pub time_ids: Option<Tensor>,
+    /// Control pictures; a [`StableDiffusion`](super::StableDiffusion) follows them, a bare [`UNet`](super::UNet) refuses
+    /// them.
+    pub controls: Vec<Control>,
 }
 
 impl Condition {
     /// Text alone, as Stable Diffusion 1 and 2 want it.
     pub fn new(text: Tensor) -> Self {
-        Self { text, pooled: None, time_ids: None }
+        Self { text, pooled: None, time_ids: None, controls: vec![] }
     }
 
     /// With what SDXL wants beside the text.
     #[must_use]
     pub fn with_pooled(mut self, pooled: Tensor, time_ids: Tensor) -> Self {
         (self.pooled, self.time_ids) = (Some(pooled), Some(time_ids));
+        self
+    }
+
+    /// With one control picture more, see [`StableDiffusion::control`](super::StableDiffusion::control).
+    #[must_use]
+    pub fn with_control(mut self, control: Control) -> Self {
+        self.controls.push(control);
         self
     }
 
@@ -34,6 +45,7 @@ impl Condition {
             text: self.text.shallow_clone(),
             pooled: self.pooled.as_ref().map(Tensor::shallow_clone),
             time_ids: self.time_ids.as_ref().map(Tensor::shallow_clone),
+            controls: self.controls.iter().map(Control::shallow_clone).collect(),
         }
     }
 }
