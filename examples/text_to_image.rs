@@ -5,7 +5,7 @@
 mod common;
 
 use attention_distillation::stable_diffusion::{Control, ControlNet};
-use attention_distillation::{image, tch::Tensor, Error, GuidedSampler, Noise, Result, Settings, StableDiffusion};
+use attention_distillation::{image, tch::Tensor, Error, GuidedSampler, Noise, Result, Scheduler, Settings, StableDiffusion};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
 

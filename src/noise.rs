@@ -277,7 +277,7 @@ mod tests {
     fn a_state_goes_on_where_it_was_taken() -> Result<()> {
         tch::set_num_threads(1);
         let mut noise = Noise::seeded(7);
-        noise.draw(&blank(&[3]))?;
+        let _ = noise.draw(&blank(&[3]))?;
         let state = noise.state()?.unwrap();
         assert_eq!(state.size(), [627]);
         let ahead = [noise.draw(&blank(&[1]))?, noise.draw(&blank(&[20]))?];
@@ -301,7 +301,7 @@ mod tests {
             Ok(like.zeros_like() + count)
         };
         for mut noise in [Noise::seeded(1), Noise::from_fn(counting)] {
-            let mut draw = |noise: &mut Noise| noise.draw(&blank(&[2])).map(|drawn| drawn.double_value(&[0]));
+            let draw = |noise: &mut Noise| noise.draw(&blank(&[2])).map(|drawn| drawn.double_value(&[0]));
             draw(&mut noise)?;
             noise.mark();
             let first = [draw(&mut noise)?, draw(&mut noise)?];

@@ -194,9 +194,9 @@ impl StableDiffusion {
     ///
     /// # Errors
     /// No prompt; a prompt other than `""` for a model that has no text encoder.
-    pub fn prompts(&self, prompts: &[&str], size: (i64, i64)) -> Result<Condition> {
+    pub fn prompts<P: AsRef<str>>(&self, prompts: &[P], size: (i64, i64)) -> Result<Condition> {
         image::check_size(size)?;
-        self.text.condition(prompts, size)
+        self.text.condition(&prompts.iter().map(AsRef::as_ref).collect::<Vec<_>>(), size)
     }
 
     /// What to draw, one picture per prompt, and what to avoid in all of them, for a [`GuidedSampler`](crate::GuidedSampler).
@@ -207,11 +207,11 @@ impl StableDiffusion {
     ///
     /// # Errors
     /// As [`prompts`](Self::prompts); a scale that is negative, infinite or NaN.
-    pub fn guidance(&self, prompts: &[&str], negative: Option<&str>, scale: f64, size: (i64, i64)) -> Result<Guidance<Condition>> {
+    pub fn guidance<P: AsRef<str>>(&self, prompts: &[P], negative: Option<&str>, scale: f64, size: (i64, i64)) -> Result<Guidance<Condition>> {
         let mut guidance = Guidance { prompt: self.prompts(prompts, size)?, negative: None, scale };
         guidance.check()?;
         let zeros = negative.is_none() && self.text.zeroes_negative();
-        if scale != 1.0 && (zeros || prompts.iter().any(|prompt| *prompt != negative.unwrap_or(""))) {
+        if scale != 1.0 && (zeros || prompts.iter().any(|prompt| prompt.as_ref() != negative.unwrap_or(""))) {
             guidance.negative = Some(match negative {
                 Some(negative) => self.prompts(&[negative], size)?,
                 None => self.text.absent_negative(size)?,

@@ -1292,7 +1292,7 @@ fn without_a_text_encoder() {
         let prompt = format!("`{}`", prompts.last().unwrap());
         check.refused(format!("{prompts:?}"), model.prompts(prompts, (64, 64)), &["Argument"], &["prompt", &prompt, "text encoder"]);
     }
-    check.refused("no prompt", model.prompts(&[], (64, 64)), &["Argument"], &["prompts", "\"\""]);
+    check.refused("no prompt", model.prompts::<&str>(&[], (64, 64)), &["Argument"], &["prompts", "\"\""]);
     check.finish();
 }
 

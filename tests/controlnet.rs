@@ -6,7 +6,7 @@ mod common;
 mod model_copy;
 
 use attention_distillation::stable_diffusion::{Condition, Control, ControlNet, UNet};
-use attention_distillation::{seeded_noise, AttentionHook, AttentionSite, Denoiser, Error, Guidance, PlainAttention, Qkv, Result, StableDiffusion};
+use attention_distillation::{AttentionHook, AttentionSite, Denoiser, Error, Guidance, Noise, PlainAttention, Qkv, Result, StableDiffusion};
 use common::{fixture, networks, relative};
 use model_copy::ModelCopy;
 use serde_json::json;
@@ -15,6 +15,10 @@ use tch::{Device, Kind, Tensor};
 
 const SIZE: (i64, i64) = (64, 64);
 const TIMESTEP: f64 = 501.0;
+
+fn random(seed: u64, shape: &[i64]) -> Tensor {
+    Noise::seeded(seed).draw(&Tensor::zeros(shape, (Kind::Float, Device::Cpu))).unwrap()
+}
 
 fn open(folder: impl AsRef<Path>) -> Result<ControlNet> {
     ControlNet::open(folder, Device::Cpu, Kind::Float)
@@ -29,7 +33,7 @@ fn model() -> StableDiffusion {
 
 /// Not smooth, and of one's own for each seed.
 fn picture(seed: u64, (height, width): (i64, i64)) -> Tensor {
-    seeded_noise(seed, &[1, 3, height, width]).unwrap().sigmoid()
+    random(seed, &[1, 3, height, width]).sigmoid()
 }
 
 fn control(model: &StableDiffusion, seed: u64) -> Control {
@@ -37,11 +41,11 @@ fn control(model: &StableDiffusion, seed: u64) -> Control {
 }
 
 fn noise(batch: i64) -> Tensor {
-    seeded_noise(1, &[batch, 4, 8, 8]).unwrap()
+    random(1, &[batch, 4, 8, 8])
 }
 
 fn text(seed: u64, batch: i64, tokens: i64) -> Condition {
-    Condition::new(seeded_noise(seed, &[batch, tokens, 16]).unwrap())
+    Condition::new(random(seed, &[batch, tokens, 16]))
 }
 
 fn predict(model: &StableDiffusion, condition: &Condition) -> Tensor {
@@ -205,9 +209,9 @@ fn guidance_in_one_batch() {
 fn guidance_with_pooled_text() {
     let unet = networks::unet("sdxl/unet");
     let condition = |seed: u64, height: f32| {
-        let text = seeded_noise(seed, &[1, 5, 24]).unwrap();
+        let text = random(seed, &[1, 5, 24]);
         let ids = Tensor::from_slice(&[height, 64.0, 0.0, 0.0, 64.0, 64.0]).unsqueeze(0);
-        Condition::new(text).with_pooled(seeded_noise(seed + 10, &[1, 16]).unwrap(), ids)
+        Condition::new(text).with_pooled(random(seed + 10, &[1, 16]), ids)
     };
     as_in_two_passes(&unet, condition(2, 64.0), condition(3, 32.0), 2);
 }

@@ -136,7 +136,8 @@ fn both_text_encoders_of_sdxl() {
     let expected = Expected::read("text_sdxl");
     let prompts: Vec<String> = texts(&serde_json::from_str(&std::fs::read_to_string(fixture("expected/text_sdxl.json")).unwrap()).unwrap());
     let mut comparison = Comparison::default();
-    for (encoder, tokenizer, ids, hidden) in [("text_encoder", "tokenizer", "ids", "hidden"), ("text_encoder_2", "tokenizer_2", "ids_2", "hidden_2")] {
+    for (encoder, tokenizer, ids, hidden) in [("text_encoder", "tokenizer", "ids", "hidden"), ("text_encoder_2", "tokenizer_2", "ids_2", "hidden_2")]
+    {
         let tokenizer = ClipTokenizer::open(fixture("sdxl").join(tokenizer)).unwrap();
         let rows: Vec<Tensor> = prompts.iter().map(|prompt| Tensor::from_slice(&tokenizer.encode(prompt).unwrap())).collect();
         let rows = Tensor::stack(&rows, 0);

@@ -53,11 +53,15 @@ impl Text {
             (Some(first), Some(second), Some(_)) => Encoders::Two(first, second),
             (Some(one), None, None) => Encoders::One(one),
             (None, None, None) => Encoders::None,
-            (Some(_), None, Some(_)) => return Err(bad("its U-Net is SDXL's, but it has no text_encoder_2; fetch text_encoder_2 and tokenizer_2, too".into())),
+            (Some(_), None, Some(_)) => {
+                return Err(bad("its U-Net is SDXL's, but it has no text_encoder_2; fetch text_encoder_2 and tokenizer_2, too".into()))
+            }
             (None, Some(_), Some(_)) => {
                 return Err(bad("has a text_encoder_2 but no text_encoder: fetch it, too; if this is SDXL's refiner, use the base model".into()))
             }
-            (None, None, Some(_)) => return Err(bad("its U-Net is SDXL's, but it has no text encoders; fetch text_encoder and text_encoder_2, too".into())),
+            (None, None, Some(_)) => {
+                return Err(bad("its U-Net is SDXL's, but it has no text encoders; fetch text_encoder and text_encoder_2, too".into()))
+            }
             (_, Some(_), None) => return Err(bad("has a text_encoder_2, but its U-Net is not SDXL's".into())),
         };
         let text = Self { encoders, force_zeros: index.force_zeros()?, width: unet.cross_attention_dim(), device };
@@ -87,7 +91,8 @@ impl Text {
             }
             let (pooled, wanted) = (second.model.pooled_width(), unet.pooled_width());
             if pooled != wanted {
-                let pooled = pooled.map_or("no pooled text (its weights have no text_projection)".into(), |width| format!("pooled text of width {width}"));
+                let pooled =
+                    pooled.map_or("no pooled text (its weights have no text_projection)".into(), |width| format!("pooled text of width {width}"));
                 return bad(format!("its text_encoder_2 makes {pooled}, its U-Net takes {}", wanted.unwrap_or(0)));
             }
         }
