@@ -5,7 +5,7 @@
 
 mod model_copy;
 
-use attention_distillation::stable_diffusion::{scheduler_config, AutoencoderKl, ClipTextModel, ClipTokenizer, Condition, UNet};
+use attention_distillation::stable_diffusion::{scheduler_config, AutoencoderKl, ClipTextModel, ClipTokenizer, Condition, ControlNet, UNet};
 use attention_distillation::{
     Adam, AdamConfig, Ddim, Denoiser, Distiller, Error, FeatureExtractor, PlainAttention, References, Result, Scheduler, Settings, StableDiffusion,
 };
@@ -1270,6 +1270,19 @@ fn overlong_prompts_warn() {
 }
 
 // ---- without a text encoder
+
+#[test]
+fn controls_without_effect_or_of_another_size_warn() {
+    let mut model = ModelCopy::new().open().unwrap();
+    let folder = model_copy::fixtures().join("controlnet_sd15");
+    let net = model.add_controlnet(ControlNet::open(folder, Device::Cpu, Kind::Float).unwrap()).unwrap();
+    let (told_nothing, control) = told(tracing::Level::WARN, || model.control(net, &zeros(&[1, 3, 64, 96]), (64, 96)).unwrap());
+    assert_eq!(told_nothing, "");
+    let (warning, _) = told(tracing::Level::WARN, || model.control(net, &zeros(&[1, 3, 32, 48]), (64, 96)).unwrap());
+    assert!(warning.contains("48x32") && warning.contains("96x64"), "{warning}");
+    let (warning, _) = told(tracing::Level::WARN, || control.between(0.4, 0.5, &[3.0, 2.0, 1.0]).unwrap());
+    assert!(warning.contains("no step"), "{warning}");
+}
 
 #[test]
 fn without_a_text_encoder() {

@@ -148,6 +148,17 @@ fn a_picture_each_for_a_batch() {
     }
 }
 
+#[test]
+fn of_another_kind_than_the_model() {
+    let condition = |model: &StableDiffusion| text(2, 1, 5).with_control(control(model, 3));
+    let same = model();
+    let mut mixed = StableDiffusion::open(fixture("sd15"), Device::Cpu, Kind::Float).unwrap();
+    mixed.add_controlnet(ControlNet::open(fixture("controlnet_sd15"), Device::Cpu, Kind::BFloat16).unwrap()).unwrap();
+    let (wanted, found) = (predict(&same, &condition(&same)), predict(&mixed, &condition(&mixed)));
+    let off = relative(&found, &wanted);
+    assert!(found.kind() == Kind::Float && off < 0.05, "{:?} {off}", found.kind());
+}
+
 #[derive(Default)]
 struct Sites(Vec<AttentionSite>);
 

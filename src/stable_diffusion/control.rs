@@ -121,6 +121,9 @@ impl StableDiffusion {
     /// to 1, such as [`image::canny`] draws, through the ControlNet of this number: for [`Condition::with_control`], the
     /// prompt's and the negative's.
     ///
+    /// diffusers leaves the negative without a control by a ControlNet that pools what it adds (`global_pool_conditions`, as
+    /// the one called Shuffle does).
+    ///
     /// The size is cut as by [`fit`](Self::fit). A picture of another size is scaled to it, which `tracing` reports.
     ///
     /// # Errors
