@@ -286,7 +286,7 @@ mod tests {
         for expected in ahead {
             assert!(other.draw(&expected)?.equal(&expected));
         }
-        for bad in [blank(&[627]), state.narrow(0, 0, 626), state.shallow_clone() - 1, state.view([3, 209])] {
+        for bad in [blank(&[627]), state.narrow(0, 0, 626), -state.shallow_clone() - 1, state.view([3, 209])] {
             assert!(matches!(other.load_state(&bad), Err(Error::Argument { .. })), "{bad:?}");
         }
         Ok(())
