@@ -1,7 +1,8 @@
 //! What another program's pipeline implements: one forward pass with a hook in it.
 
 use crate::scalar::WithNumber;
-use crate::{AttentionHook, Error, PlainAttention, Result};
+use crate::{AttentionHook, Error, Features, PlainAttention, Result};
+use std::ops::Range;
 use tch::Tensor;
 
 /// A noise predictor whose attention layers call a hook.
@@ -34,6 +35,48 @@ pub trait Denoiser {
             Some(negative) => guidance.combine(&prompt, &self.forward(latents, timestep, negative, &mut PlainAttention)?),
         }
     }
+
+    /// A scalar function of the features of latents, and its gradient by the latents, in their shape and kind: one forward
+    /// pass that ends after the last of `layers`, and one backward pass. Works inside `tch::no_grad`, too. Override to hold
+    /// fewer activations between the two, by gradient checkpointing; `value` is then still called once.
+    ///
+    /// # Errors
+    /// As [`Features::extract`]; those of `value`, and a value that does not depend on the latents.
+    fn gradient(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        condition: &Self::Condition,
+        layers: Range<usize>,
+        value: &mut dyn FnMut(&Features) -> Result<Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        plain_gradient(self, latents, timestep, condition, layers, value)
+    }
+}
+
+/// [`Denoiser::gradient`] by a graph of the whole pass.
+pub(crate) fn plain_gradient<D: Denoiser + ?Sized>(
+    denoiser: &D,
+    latents: &Tensor,
+    timestep: f64,
+    condition: &D::Condition,
+    layers: Range<usize>,
+    value: &mut dyn FnMut(&Features) -> Result<Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    tch::with_grad(|| {
+        let leaf = latents.f_detach()?.f_set_requires_grad(true)?;
+        let value = value(&Features::extract(denoiser, &leaf, timestep, condition, layers)?)?;
+        if !value.requires_grad() {
+            return Err(independent());
+        }
+        let gradients = Tensor::f_run_backward(&[&value], &[&leaf], false, false)?;
+        let gradient = gradients.into_iter().next().filter(Tensor::defined).ok_or_else(independent)?;
+        Ok((value.f_detach()?, gradient))
+    })
+}
+
+pub(crate) fn independent() -> Error {
+    Error::argument("loss", "does not depend on the latents")
 }
 
 /// What to draw, what to avoid, how strongly.
@@ -95,6 +138,16 @@ macro_rules! by_pointer {
             }
             fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<D::Condition>) -> Result<Tensor> {
                 (**self).forward_guided(latents, timestep, guidance)
+            }
+            fn gradient(
+                &self,
+                latents: &Tensor,
+                timestep: f64,
+                condition: &D::Condition,
+                layers: Range<usize>,
+                value: &mut dyn FnMut(&Features) -> Result<Tensor>,
+            ) -> Result<(Tensor, Tensor)> {
+                (**self).gradient(latents, timestep, condition, layers, value)
             }
         }
     )*};

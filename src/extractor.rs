@@ -32,9 +32,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
     /// # Errors
     /// As [`Features::extract`].
     pub fn extract(&self, latents: &Tensor, timestep: f64) -> Result<Features> {
-        if !timestep.is_finite() {
-            return Err(Error::argument("timestep", format!("{timestep} is not a number")));
-        }
+        check_timestep(timestep)?;
         Features::extract(&self.denoiser, latents, timestep, &self.condition, self.layers.clone())
     }
 
@@ -52,23 +50,21 @@ impl<D: Denoiser> FeatureExtractor<D> {
     /// # Errors
     /// As [`Features::extract`] and [`Loss::evaluate`].
     pub fn gradient(&self, latents: &Tensor, timestep: f64, references: &References<Features>, loss: &dyn Loss) -> Result<(Tensor, Tensor)> {
-        tch::with_grad(|| {
-            let leaf = latents.f_detach()?.f_set_requires_grad(true)?;
-            let features = self.extract(&leaf, timestep)?;
-            let half = features.layers().any(|layer| matches!(layer.query.f_kind(), Ok(Kind::Half)));
-            let scale = if half { HALF_LOSS_SCALE } else { 1.0 };
-            let value = loss.evaluate(&features, references)?;
-            drop(features);
-            let independent = || Error::argument("loss", "does not depend on the latents");
-            if !value.requires_grad() {
-                return Err(independent());
+        check_timestep(timestep)?;
+        let mut scale = 1.0;
+        let mut evaluate = |features: &Features| {
+            let value = loss.evaluate(features, references)?;
+            if features.layers().any(|layer| matches!(layer.query.f_kind(), Ok(Kind::Half))) {
+                scale = HALF_LOSS_SCALE;
+                return value.times(scale);
             }
-            let scaled = if half { value.times(scale)? } else { value.shallow_clone() };
-            let gradients = Tensor::f_run_backward(&[&scaled], &[&leaf], false, false)?;
-            let gradient = gradients.into_iter().next().filter(Tensor::defined).ok_or_else(independent)?;
-            let gradient = if half { gradient.over(scale)? } else { gradient };
-            Ok((value.f_detach()?, gradient))
-        })
+            Ok(value)
+        };
+        let (value, gradient) = self.denoiser.gradient(latents, timestep, &self.condition, self.layers.clone(), &mut evaluate)?;
+        if scale == 1.0 {
+            return Ok((value, gradient));
+        }
+        Ok((value.over(scale)?, gradient.over(scale)?))
     }
 
     /// One step of `optimizer` on `latents`, in place; returns the loss before it (a scalar, still on its device).
@@ -86,5 +82,13 @@ impl<D: Denoiser> FeatureExtractor<D> {
         let (value, gradient) = self.gradient(latents, timestep, references, loss)?;
         optimizer.step(latents, &gradient)?;
         Ok(value)
+    }
+}
+
+fn check_timestep(timestep: f64) -> Result<()> {
+    if timestep.is_finite() {
+        Ok(())
+    } else {
+        Err(Error::argument("timestep", format!("{timestep} is not a number")))
     }
 }

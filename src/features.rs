@@ -46,18 +46,10 @@ impl Features {
         condition: &D::Condition,
         layers: Range<usize>,
     ) -> Result<Self> {
-        if layers.is_empty() {
-            return Err(Error::argument("layers", format!("{}..{} is empty", layers.start, layers.end)));
-        }
+        check_layers(&layers)?;
         let mut recorder = FeatureRecorder::new(layers);
         let outcome = denoiser.forward(latents, timestep, condition, &mut recorder);
-        // A complete record is a success, however the pass ended: a downstream network may run on, or turn
-        // `Stopped` into an error of its own.
-        if recorder.is_complete() {
-            return Ok(recorder.features);
-        }
-        drop(outcome?);
-        Err(Error::MissingLayers { layers: recorder.layers, network: recorder.network })
+        recorder.after(outcome)
     }
 
     /// In execution order.
@@ -113,6 +105,13 @@ impl Features {
     }
 }
 
+pub(crate) fn check_layers(layers: &Range<usize>) -> Result<()> {
+    if layers.is_empty() {
+        return Err(Error::argument("layers", format!("{}..{} is empty", layers.start, layers.end)));
+    }
+    Ok(())
+}
+
 /// Records the self-attention layers in a range, then stops the pass.
 #[derive(Debug)]
 pub struct FeatureRecorder<H = PlainAttention> {
@@ -139,6 +138,20 @@ impl<H> FeatureRecorder<H> {
     /// Whether all layers of the range were recorded.
     pub fn is_complete(&self) -> bool {
         self.features.len() == self.layers.len()
+    }
+
+    /// What was recorded by a pass that ended so.
+    ///
+    /// # Errors
+    /// The pass's own; [`Error::MissingLayers`].
+    pub(crate) fn after<T>(self, outcome: Result<T>) -> Result<Features> {
+        // A complete record is a success, however the pass ended: a downstream network may run on, or turn
+        // `Stopped` into an error of its own.
+        if self.is_complete() {
+            return Ok(self.features);
+        }
+        drop(outcome?);
+        Err(Error::MissingLayers { layers: self.layers, network: self.network })
     }
 
     /// What was recorded, complete or not.

@@ -3,6 +3,7 @@
 //! bundled model are one code path.
 
 mod block;
+mod checkpointing;
 mod clip;
 mod condition;
 mod config;
@@ -34,8 +35,11 @@ pub use tokenizer::ClipTokenizer;
 pub use unet::UNet;
 pub use vae::AutoencoderKl;
 
+use crate::denoiser::plain_gradient;
 use crate::scalar::WithNumber;
-use crate::{image, memory, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Guidance, Noise, Result, Scheduler, Settings};
+use crate::{
+    image, memory, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Features, Guidance, Noise, Result, Scheduler, Settings,
+};
 use settings::FolderSettings;
 use std::{ops::Range, path::Path};
 use tch::{Device, Kind, Tensor};
@@ -59,6 +63,7 @@ pub struct StableDiffusion {
     device: Device,
     kind: Kind,
     controlnets: Vec<ControlNet>,
+    checkpointing: bool,
 }
 
 impl StableDiffusion {
@@ -97,7 +102,7 @@ impl StableDiffusion {
         if let Some(layers) = layers.filter(|layers| layers.end > count) {
             return Err(bad(format!("its attention_distillation.json names layers {}..{}, its U-Net has {count}", layers.start, layers.end)));
         }
-        Ok(Self { unet, vae, text, schedule, settings, device, kind, controlnets: vec![] })
+        Ok(Self { unet, vae, text, schedule, settings, device, kind, controlnets: vec![], checkpointing: false })
     }
 
     /// The noise predictor.
@@ -118,6 +123,13 @@ impl StableDiffusion {
     /// What its networks compute in (the autoencoder perhaps in f32).
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Whether optimisation and guided sampling keep only the inputs of the U-Net's layers for the backward pass, and
+    /// compute the rest anew (gradient checkpointing): much less memory, for one forward pass more in each iteration. Off
+    /// by default.
+    pub fn set_gradient_checkpointing(&mut self, on: bool) {
+        self.checkpointing = on;
     }
 
     /// A task's settings, with those that the folder's `attention_distillation.json` has for this model, and the size
@@ -283,5 +295,20 @@ impl Denoiser for StableDiffusion {
     /// Prompt and negative in one batch.
     fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<Condition>) -> Result<Tensor> {
         guidance::forward(self, latents, timestep, guidance)
+    }
+
+    fn gradient(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        condition: &Condition,
+        layers: Range<usize>,
+        value: &mut dyn FnMut(&Features) -> Result<Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        // Controls steer noise predictions, and features are without any; somebody else's idea is served the plain way.
+        if self.checkpointing && condition.controls.is_empty() {
+            return checkpointing::gradient(&self.unet, latents, &self.unet.timestep(timestep)?, condition, layers, value);
+        }
+        plain_gradient(self, latents, timestep, condition, layers, value)
     }
 }

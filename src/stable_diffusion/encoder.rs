@@ -1,6 +1,6 @@
 //! The half that a U-Net and a ControlNet have in common: the way down, and the middle.
 
-use super::block::{BlockShape, DownBlock, MidBlock};
+use super::block::{self, BlockShape, Layer};
 use super::config::Config;
 use super::layers::Conv2d;
 use super::resnet::ResnetStyle;
@@ -123,8 +123,8 @@ fn pick(list: &[i64], level: usize) -> i64 {
 pub(crate) struct Encoder {
     conv_in: Conv2d,
     time: TimeEmbedding,
-    down: Vec<DownBlock>,
-    mid: MidBlock,
+    /// The way down, then the middle.
+    layers: Vec<Layer>,
     skips: Vec<i64>,
     in_channels: i64,
     text_width: i64,
@@ -154,23 +154,23 @@ impl Encoder {
         };
         let (first, resnet) = (levels.channels(0), levels.resnet);
         let time = TimeEmbedding::new(config, at, (first, levels.time_width), resnet.activation, (device, kind))?;
-        let mut down = vec![];
+        let mut layers = vec![];
         for (i, attends) in types.iter().enumerate() {
             let inputs = levels.channels(i.saturating_sub(1));
             let transformer = attends.then(|| levels.transformer(i, pick(&levels.depths, i)));
             let shape = BlockShape { inputs, outputs: levels.channels(i), layers: levels.layers(i), resnet, transformer };
-            down.push(DownBlock::new(&at.at("down_blocks").at(i), shape, (i + 1 < blocks).then_some(padding))?);
+            layers.extend(block::down(&at.at("down_blocks").at(i), shape, (i + 1 < blocks).then_some(padding))?);
         }
         let last = blocks.saturating_sub(1);
         let mid_resnet = ResnetStyle { scale: config.positive("mid_block_scale_factor", 1.0)?, ..resnet };
         let attends = config.choice("mid_block_type", "UNetMidBlock2DCrossAttn", MID)?;
         let transformer = attends.then(|| levels.transformer(last, pick(&levels.depths, last)));
+        layers.extend(block::mid(&at.at("mid_block"), levels.channels(last), mid_resnet, transformer)?);
         let in_channels = config.count("in_channels", 4)?;
         Ok(Self {
             conv_in: Conv2d::new(&at.at("conv_in"), in_channels, first, odd_kernel(config, "conv_in_kernel")?)?,
             time,
-            down,
-            mid: MidBlock::new(&at.at("mid_block"), levels.channels(last), mid_resnet, transformer)?,
+            layers,
             skips: levels.skips(),
             in_channels,
             text_width: pick(&levels.texts, 0),
@@ -180,8 +180,8 @@ impl Encoder {
         })
     }
 
-    pub(crate) fn self_attentions(&self) -> usize {
-        self.down.iter().map(DownBlock::self_attentions).sum::<usize>() + self.mid.self_attentions()
+    pub(crate) fn layers(&self) -> &[Layer] {
+        &self.layers
     }
 
     pub(crate) fn in_channels(&self) -> i64 {
@@ -218,10 +218,10 @@ impl Encoder {
     pub(crate) fn forward(&self, x: Tensor, time: &Tensor, pass: &mut Pass<'_>) -> Result<(Tensor, Vec<Tensor>)> {
         let mut skips = vec![x.shallow_clone()];
         let mut x = x;
-        for block in &self.down {
-            x = block.forward(x, time, pass, &mut skips)?;
+        for layer in &self.layers {
+            x = layer.forward(x, time, pass, &mut skips)?;
         }
-        Ok((self.mid.forward(&x, time, pass)?, skips))
+        Ok((x, skips))
     }
 
     fn check(&self, latents: &Tensor, condition: &Condition) -> Result<i64> {

@@ -10,23 +10,39 @@ pub(crate) struct Pass<'a> {
     /// Text embeddings, `(1 or batch, tokens, width)`.
     text: &'a Tensor,
     hook: &'a mut dyn AttentionHook,
+    place: Place,
+}
+
+/// How many attention layers a pass has met.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Place {
     self_attentions: usize,
     cross_attentions: usize,
 }
 
 impl<'a> Pass<'a> {
     pub(crate) fn new(text: &'a Tensor, hook: &'a mut dyn AttentionHook) -> Self {
-        Self { text, hook, self_attentions: 0, cross_attentions: 0 }
+        Self { text, hook, place: Place::default() }
+    }
+
+    /// The same way, taken up at a later place.
+    pub(crate) fn starting_at(mut self, place: Place) -> Self {
+        self.place = place;
+        self
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        self.place
     }
 
     fn self_attention(&mut self, grid: (i64, i64), qkv: Qkv) -> Result<Tensor> {
-        self.self_attentions += 1;
-        self.hook.attend(&AttentionSite::self_attention(self.self_attentions - 1, grid), qkv)
+        self.place.self_attentions += 1;
+        self.hook.attend(&AttentionSite::self_attention(self.place.self_attentions - 1, grid), qkv)
     }
 
     fn cross_attention(&mut self, grid: (i64, i64), qkv: Qkv) -> Result<Tensor> {
-        self.cross_attentions += 1;
-        self.hook.attend(&AttentionSite::cross_attention(self.cross_attentions - 1, grid), qkv)
+        self.place.cross_attentions += 1;
+        self.hook.attend(&AttentionSite::cross_attention(self.place.cross_attentions - 1, grid), qkv)
     }
 }
 

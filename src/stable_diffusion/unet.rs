@@ -1,6 +1,6 @@
 //! `UNet2DConditionModel`: the noise predictor of Stable Diffusion, its fine-tunes and SDXL, from its `config.json`.
 
-use super::block::{BlockShape, UpBlock};
+use super::block::{self, BlockShape, Layer};
 use super::config::Config;
 use super::controlnet::Residuals;
 use super::encoder::{odd_kernel, Encoder, Levels, Start};
@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 #[derive(Debug)]
 pub struct UNet {
     encoder: Encoder,
-    up: Vec<UpBlock>,
+    up: Vec<Layer>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
     activation: Activation,
@@ -65,7 +65,7 @@ impl UNet {
             let inputs = levels.channels((level + 1).min(blocks - 1));
             let transformer = attends.then(|| levels.transformer(level, depth));
             let shape = BlockShape { inputs, outputs: levels.channels(level), layers: levels.layers(level) + 1, resnet, transformer };
-            up.push(UpBlock::new(&at.at("up_blocks").at(i), shape, levels.channels(level.saturating_sub(1)), i + 1 < blocks)?);
+            up.extend(block::up(&at.at("up_blocks").at(i), shape, levels.channels(level.saturating_sub(1)), i + 1 < blocks)?);
         }
         Ok(Self {
             encoder,
@@ -79,7 +79,7 @@ impl UNet {
 
     /// How many self-attention layers it has: 16 in Stable Diffusion 1.5, 70 in SDXL.
     pub fn self_attention_layers(&self) -> usize {
-        self.encoder.self_attentions() + self.up.iter().map(UpBlock::self_attentions).sum::<usize>()
+        self.layers().map(Layer::self_attentions).sum()
     }
 
     /// Channels of the latents.
@@ -100,6 +100,11 @@ impl UNet {
     /// Whether it wants pooled text and time ids beside the text, as SDXL does.
     pub fn wants_pooled_text(&self) -> bool {
         self.pooled_width().is_some()
+    }
+
+    /// From the first convolution's output to the input of the last norm.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = &Layer> {
+        self.encoder.layers().iter().chain(&self.up)
     }
 
     /// What a ControlNet has to have in common with it.
@@ -149,8 +154,8 @@ impl UNet {
         if let Some(residuals) = residuals {
             (x, skips) = residuals.added_to(&x, &skips)?;
         }
-        for block in &self.up {
-            x = block.forward(x, &time, &mut pass, &mut skips)?;
+        for layer in &self.up {
+            x = layer.forward(x, &time, &mut pass, &mut skips)?;
         }
         let x = self.conv_out.forward(&self.activation.forward(&self.norm_out.forward(&x)?)?)?;
         Ok(x.f_to_kind(latents.f_kind()?)?)
