@@ -12,9 +12,13 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 /// The crate promises 2 grey levels of 255 on average. As in `parity_transfer`, Adam makes whole steps of roundings where
-/// gradients are next to nothing; noise of 1e-6 on the styles moves these pictures by far less than this, and a learning
-/// rate, guidance or order of draws that is off by far more.
-const GREY_LEVELS: f64 = 0.25;
+/// gradients are next to nothing, and guidance magnifies them; the fixtures' seeds are such that noise of 1e-6 on all
+/// inputs moves these pictures by 0.002 levels at most. A biased deviation in AdaIN, a learning rate off by a tenth, features
+/// a timestep off, or another null condition move them by 0.6 levels and more.
+const GUIDED: f64 = 0.25;
+
+/// Nothing here but roundings; a control's strength off by 0.05 moves its picture by 0.1.
+const PLAIN: f64 = 0.02;
 
 /// Relative to the largest; the same roundings.
 const LOSSES: f64 = 1e-3;
@@ -81,8 +85,9 @@ fn case(name: &str) {
     assert_eq!(ours.size(), picture.size());
     let levels = (ours - picture).abs().mean(Kind::Float).double_value(&[]) * 255.0;
     println!("{name}: off by {levels:.4} grey levels on average");
-    if levels.is_nan() || levels > GREY_LEVELS {
-        comparison.fail(format!("{name}: off by {levels:.3} grey levels on average, {GREY_LEVELS} are allowed"));
+    let allowed = if run.iterations == 0 { PLAIN } else { GUIDED };
+    if levels.is_nan() || levels > allowed {
+        comparison.fail(format!("{name}: off by {levels:.3} grey levels on average, {allowed} are allowed"));
     }
     comparison.finish();
 }
