@@ -35,7 +35,8 @@
 //! ```
 //!
 //! # Where to begin
-//! - **To make pictures**: [`StableDiffusion`], [`mod@image`], [`device`], [`References`], [`Distiller`], [`Settings`], [`TotalLoss`].
+//! - **To make pictures**: [`StableDiffusion`], [`mod@image`], [`device`], [`References`], [`Distiller`], [`GuidedSampler`],
+//!   [`Guidance`], [`Settings`], [`TotalLoss`].
 //! - **To join a pipeline of your own**: [`Denoiser`], [`AttentionHook`], [`AttentionSite`], [`Qkv`], [`FeatureExtractor`],
 //!   [`References`], [`AdLoss`], [`Adam`]. The network gets one changed line in its attention and an `impl Denoiser`; the
 //!   example `foreign_pipeline` is what to copy. Without the feature `stable-diffusion` nothing else is built.
@@ -58,10 +59,18 @@
 //! | `z <- Adam(z, dL/dz)` | [`FeatureExtractor::descend`], [`Adam`] |
 //! | plain gradient steps (Fig. 12) | [`GradientDescent`] |
 //! | optimisation over the timesteps `t` of DDIM | [`Distiller`], [`Ddim`] |
+//! | sampling guided by the losses: `z <- DDIM(z, eps)`, then Adam at the next `t` | [`GuidedSampler`] |
+//! | `eps = eps_neg + w (eps_prompt - eps_neg)`, classifier-free guidance | [`Guidance`], [`Denoiser::forward_guided`] |
+//! | AdaIN of the latents, `(z - mean z) / std z * std s + mean s` | [`adain`], [`GuidedSampler::adain`](GuidedSampler) |
+//! | references noised to `t`, `sqrt(a) s + sqrt(1 - a) n` | [`Scheduler::add_noise`], [`Noise`] |
+//! | ControlNet: residuals in the noise prediction alone | [`Control`](crate::stable_diffusion::Control), [`ControlNet`](crate::stable_diffusion::ControlNet) |
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
 //! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise; for each
 //! timestep take the features of the clean references once, then `iterations` steps of one Adam on `z`; decode.
+//!
+//! Sampling: start from noise; for each timestep predict the noise under prompt and negative prompt, step with DDIM, and then,
+//! at the timestep that it led to, take the features of the noised references once, and `iterations` steps of a fresh Adam.
 //!
 //! # Conventions
 //! - Pictures are `(batch, 3, height, width)` in f32, RGB, 0 to 1; sizes are `(height, width)` in pixels.

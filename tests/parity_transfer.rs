@@ -86,6 +86,12 @@ fn texture_from_noise() {
     transfer(&fixture("sd15"), "texture");
 }
 
+/// Two text encoders, pooled text and time ids in the null condition.
+#[test]
+fn like_stable_diffusion_xl() {
+    transfer(&fixture("sdxl"), "sdxl");
+}
+
 /// Trained weights, and a folder without text encoder.
 #[test]
 fn bundled_model() {
