@@ -314,15 +314,8 @@ fn models() {
     // What an interrupted copy leaves, and another model's encoder.
     fs::create_dir(copy.path("text_encoder_2")).unwrap();
     refuse(copy.folder(), &["tokenizer_2"]);
-    fs::create_dir(copy.path("tokenizer_2")).unwrap();
-    for (file, part) in [
-        ("text_encoder/config.json", "text_encoder_2"),
-        (model_copy::TEXT, "text_encoder_2"),
-        ("tokenizer/vocab.json", "tokenizer_2"),
-        ("tokenizer/merges.txt", "tokenizer_2"),
-    ] {
-        copy.write(&format!("{part}/{}", file.split('/').last().unwrap()), copy.read(file));
-    }
+    copy.put(&example::fixture("sd15/text_encoder"), "text_encoder_2");
+    copy.put(&example::fixture("sd15/tokenizer"), "tokenizer_2");
     refuse(copy.folder(), &["text_encoder_2", "SDXL"]);
 }
 

@@ -1,5 +1,5 @@
 //! What the examples share: flags, opening a model, running with progress, writing pictures.
-#![allow(dead_code)] // Each example uses a part of it.
+#![allow(dead_code, unused_imports)] // Each example uses a part of it.
 
 mod control;
 mod flags;
