@@ -378,13 +378,15 @@ fn sdxl() {
         files.insert(clutter.into(), b"not to be read".to_vec());
     }
     // Half precision of one network, which is not asked for.
-    files.insert("text_encoder_2/model.fp16.safetensors".into(), files["text_encoder_2/model.safetensors"].clone());
+    files.insert("text_encoder_2/model.fp16.safetensors".into(), b"in half precision".to_vec());
     let (server, cache) = (Server::start(files), tempfile::tempdir().unwrap());
     let hub = server.hub(cache.path());
     let folder = fetch(&hub).unwrap();
     opens(&folder);
     same(&folder, &needed);
-    assert_eq!(server.downloads().iter().collect::<BTreeSet<_>>(), needed.keys().collect());
+    // The tokenizers share files, which are fetched once.
+    let fetched = server.downloads();
+    assert!(fetched.iter().all(|file| needed.contains_key(file)), "{fetched:?}");
     let half = fetch(&hub.clone().with_half(true)).unwrap();
     assert_eq!((half.as_path(), server.downloads()), (folder.as_path(), vec!["text_encoder_2/model.fp16.safetensors".to_owned()]));
 
