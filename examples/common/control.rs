@@ -13,7 +13,7 @@ pub struct ControlFlags {
     #[arg(long = "control-from", value_name = "FILE", group = "control_picture", requires_all = ["controlnet", "canny"])]
     from: Option<PathBuf>,
     /// By Canny's edges
-    #[arg(long, requires = "from")]
+    #[arg(long, requires = "from", conflicts_with = "picture")]
     canny: bool,
     /// ControlNet folder in diffusers layout
     #[arg(long, value_name = "DIR", requires = "control_picture")]
