@@ -149,11 +149,11 @@ fn by_sampling() {
     let place = place();
     for (content, name) in [(true, "content"), (false, "noise")] {
         let flags =
-            [&["--style", "style.png", "--steps", "3", "--size", "40x48"][..], if content { &["--content", "content.png"] } else { &[] }].concat();
+            [&["--style", "style.png", "--steps", "3", "--size", "24x32"][..], if content { &["--content", "content.png"] } else { &[] }].concat();
         let sampling = [&flags[..], &["--method", "sample"]].concat();
         let draw = |flags: &[&str], more: &[&str], run: &str| place.draw(&[flags, more].concat(), &format!("{name}_{run}.png"));
         let picture = draw(&sampling, &[], "a");
-        assert_eq!(size(&picture), (48, 40));
+        assert_eq!(size(&picture), (32, 24));
         drop(draw(&sampling, &["--seed", "42"], "b"));
         // The task's own settings.
         drop(draw(&sampling, &["--iterations", "3", "--lr", "0.05", "--content-weight", "0.25"], "same"));
