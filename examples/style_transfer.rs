@@ -42,7 +42,8 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         Method::Sample => Settings::style_transfer_by_sampling(),
     };
     shared.over(task.clone())?;
-    common::check_outputs(shared)?;
+    let files = common::files(shared, 1);
+    common::check_outputs(shared, &files)?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
 
@@ -61,7 +62,6 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let mut extractor = model.extractor(size)?;
     extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
     let mut noise = Noise::seeded(shared.seed);
-    let files = common::files(shared, 1);
     let (result, _) = if flags.method == Method::Sample {
         let start = model.noise(1, size, &mut noise)?;
         let guidance = model.guidance(&[""], None, settings.guidance, size)?;

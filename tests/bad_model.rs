@@ -892,20 +892,145 @@ fn missing_folders_and_files() {
 }
 
 #[test]
-fn an_sdxl_folder_is_refused_by_name() {
+fn sdxl_folders_without_a_part() {
     let mut check = Check::default();
-    let copy = ModelCopy::new();
-    fs::create_dir(copy.path("text_encoder_2")).unwrap();
-    check.refused("two text encoders", copy.open(), &["Config"], &["SDXL", copy.folder().to_str().unwrap()]);
-    // The same network where the second encoder was not fetched: no prompt could be given to it.
-    let copy = ModelCopy::new();
-    let sdxl = ModelCopy::of("sdxl/unet");
-    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
-        copy.write(&format!("unet/{file}"), sdxl.read(file));
+    let copy = ModelCopy::of("sdxl");
+    let model = check.taken("the whole fixture", copy.open()).unwrap();
+    assert!(model.is_xl());
+    assert_eq!(model.prompts(&["a cat", ""], (64, 64)).unwrap().text.size(), [2, 77, 24]);
+    for missing in ["text_encoder", "text_encoder_2"] {
+        copy.remove(missing);
+        // Once with a list of what belongs to it, once without.
+        check.refused(format!("{missing} named, but missing"), copy.open(), &["Config"], &["model_index.json", missing, "no such folder", "fetch"]);
+        copy.remove("model_index.json");
+        check.refused(format!("without {missing}"), copy.open(), &["Config"], &[copy.folder().to_str().unwrap(), missing, "SDXL", "fetch"]);
+        copy.restore("model_index.json");
+        copy.restore(missing);
     }
+    copy.remove("model_index.json");
+    copy.remove("text_encoder");
+    copy.remove("text_encoder_2");
+    check.refused("without both", copy.open(), &["Config"], &["SDXL", "text_encoder and text_encoder_2", "fetch"]);
+    for folder in ["model_index.json", "text_encoder", "text_encoder_2"] {
+        copy.restore(folder);
+    }
+    for (missing, words) in [
+        ("tokenizer", ["tokenizer", "vocab.json"]),
+        ("tokenizer_2", ["tokenizer_2", "vocab.json"]),
+        ("text_encoder_2/config.json", ["text_encoder_2", "config.json"]),
+        ("text_encoder_2/model.safetensors", ["text_encoder_2", "model.safetensors"]),
+    ] {
+        copy.remove(missing);
+        check.refused(format!("without {missing}"), copy.open(), &["Config", "Io", "Weights"], &words);
+        copy.restore(missing);
+    }
+    check.taken("the whole fixture again", copy.open());
+    // SDXL's refiner, and a Stable Diffusion 1.5 whose folder was mixed up with SDXL's.
+    copy.set("model_index.json", "text_encoder", json!([null, null]));
+    copy.remove("text_encoder");
+    copy.remove("tokenizer");
+    check.refused("the refiner", copy.open(), &["Config"], &["text_encoder_2 but no text_encoder", "refiner", "base"]);
+    let copy = ModelCopy::new();
+    let sdxl = model_copy::fixtures().join("sdxl");
+    for part in ["text_encoder_2", "tokenizer_2"] {
+        copy.put(&sdxl.join(part), part);
+    }
+    check.refused("two encoders beside SD 1.5's U-Net", copy.open(), &["Config"], &["text_encoder_2", "not SDXL's"]);
+    let copy = ModelCopy::new();
+    copy.put(&sdxl.join("unet"), "unet");
     assert!(unet(&copy).unwrap().wants_pooled_text());
-    check.refused("a U-Net that wants pooled text", copy.open(), &["Config"], &["SDXL", copy.folder().to_str().unwrap()]);
+    check.refused("SD 1.5's encoder beside SDXL's U-Net", copy.open(), &["Config"], &["SDXL", "text_encoder_2 and tokenizer_2", "fetch"]);
     check.finish();
+}
+
+#[test]
+fn sdxl_encoders_that_do_not_fit() {
+    const SECOND: &str = "text_encoder_2/model.safetensors";
+    const SECOND_CONFIG: &str = "text_encoder_2/config.json";
+    let mut check = Check::default();
+    let copy = ModelCopy::of("sdxl");
+    let folder = copy.folder().to_str().unwrap().to_owned();
+
+    copy.weights(SECOND, |file| {
+        let projection = file.header.remove("text_projection.weight").unwrap();
+        file.header.insert("stray".into(), projection);
+    });
+    check.refused("no projection", copy.open(), &["Config"], &[&folder, "text_encoder_2", "text_projection", "16"]);
+    copy.restore(SECOND);
+    copy.set(SECOND_CONFIG, "projection_dim", json!(8));
+    check.refused("a projection of another width", copy.open(), &["TensorShape"], &[SECOND, "text_projection.weight", "16", "8"]);
+    // The same in its weights: sound in itself, but the U-Net wants 16.
+    copy.weights(SECOND, |file| {
+        let projection = file.header.remove("text_projection.weight").unwrap();
+        file.header.insert("stray".into(), projection);
+        file.add("text_projection.weight", "F16", &[8, 16], 2 * 8 * 16);
+    });
+    check.refused("pooled text of another width", copy.open(), &["Config"], &[&folder, "text_encoder_2", "width 8", "16"]);
+    copy.restore(SECOND);
+    copy.restore(SECOND_CONFIG);
+
+    // The second encoder twice: 16 + 16 instead of 8 + 16.
+    copy.put(&model_copy::fixtures().join("sdxl/text_encoder_2"), "text_encoder");
+    check.refused("widths of text", copy.open(), &["Config"], &[&folder, "width 32", "24"]);
+    copy.restore("text_encoder");
+    // The two of them exchanged: the sum fits, but the second has no projection.
+    copy.put(&model_copy::fixtures().join("sdxl/text_encoder"), "text_encoder_2");
+    copy.put(&model_copy::fixtures().join("sdxl/text_encoder_2"), "text_encoder");
+    check.refused("exchanged", copy.open(), &["Config"], &[&folder, "text_encoder_2", "text_projection"]);
+    copy.restore("text_encoder");
+    copy.restore("text_encoder_2");
+
+    for tokenizer in ["tokenizer", "tokenizer_2"] {
+        let config = format!("{tokenizer}/tokenizer_config.json");
+        let special = format!("{tokenizer}/special_tokens_map.json");
+        assert!(!copy.json(&special).contains_key("model_max_length"));
+        copy.set(&config, "model_max_length", json!(40));
+        check.refused(format!("a shorter {tokenizer}"), copy.open(), &["Config"], &[&folder, "tokenizers", "77", "40"]);
+        copy.set(&config, "model_max_length", json!(80));
+        check.refused(format!("a {tokenizer} beyond the positions"), copy.open(), &["Config"], &[&folder, "tokenizer", "80", "77"]);
+        copy.restore(&config);
+    }
+    for value in [json!("yes"), json!(1), json!([true]), json!({})] {
+        copy.set("model_index.json", "force_zeros_for_empty_prompt", value.clone());
+        check.refused(format!("zeros {value}"), copy.open(), &["Config"], &["model_index.json", "force_zeros_for_empty_prompt", "true or false"]);
+    }
+    for value in [json!("2"), json!([2]), json!(true)] {
+        copy.restore("model_index.json");
+        copy.set(SECOND_CONFIG, "eos_token_id", value.clone());
+        check.refused(format!("an end {value}"), copy.open(), &["Config"], &[SECOND_CONFIG, "eos_token_id"]);
+    }
+    copy.restore(SECOND_CONFIG);
+    check.taken("the whole fixture again", copy.open());
+    check.finish();
+}
+
+/// SDXL's configs name 2 as the end of a text and mean the highest id; a config that names the true one says the same.
+#[test]
+fn where_texts_end() {
+    const CONFIG: &str = "text_encoder_2/config.json";
+    let copy = ModelCopy::of("sdxl");
+    // Padded by another token than the end, which is in the text once.
+    let vocabulary = copy.json("tokenizer_2/vocab.json");
+    let end = vocabulary["<|endoftext|>"].as_i64().unwrap();
+    let ids = Tensor::from_slice(&ClipTokenizer::open(copy.path("tokenizer_2")).unwrap().encode("a cat").unwrap()).unsqueeze(0);
+    assert_eq!(i64::try_from(ids.max()).unwrap(), end);
+    let pooled = |end: Option<i64>| {
+        match end {
+            Some(end) => copy.set(CONFIG, "eos_token_id", json!(end)),
+            None => copy.unset(CONFIG, "eos_token_id"),
+        }
+        let model = ClipTextModel::open(copy.path("text_encoder_2"), Device::Cpu, Kind::Float).unwrap();
+        tch::no_grad(|| model.forward(&ids)).unwrap().pooled.unwrap()
+    };
+    let legacy = pooled(Some(2));
+    assert_eq!(pooled(Some(end)), legacy);
+    // A token of the text itself, and one that does not occur in it, where the first position stands for the end.
+    let second = ids.int64_value(&[0, 1]);
+    assert!(!pooled(Some(second)).allclose(&legacy, 1e-3, 1e-4, false));
+    let begin = ids.int64_value(&[0, 0]);
+    let first = pooled(Some(begin));
+    assert!(!first.allclose(&legacy, 1e-3, 1e-4, false));
+    assert_eq!(pooled(None), first, "the end of CLIP's own vocabulary, 49407, does not occur in this one's texts");
 }
 
 #[test]
@@ -1116,6 +1241,35 @@ fn bad_settings_of_a_folder() {
     check.finish();
 }
 
+/// What holds for tasks by sampling, in an object of its own.
+#[test]
+fn bad_settings_of_a_folder_for_sampling() {
+    let copy = ModelCopy::new();
+    let mut check = Check::default();
+    let mut refused = |sampling: Value, words: &[&str]| {
+        copy.write(OWN, serde_json::to_vec(&json!({ "sampling": sampling })).unwrap());
+        check.refused(&sampling, copy.open(), &["Config"], &[&[OWN, "`sampling`"], words].concat());
+    };
+    for value in [json!([]), json!(3), json!("fast"), json!(true), json!([{ "steps": 3 }])] {
+        refused(value, &["object"]);
+    }
+    refused(json!({ "steps": 0 }), &["steps", "0"]);
+    for key in ["steps", "iterations"] {
+        for value in no_counts().into_iter().filter(|value| *value != json!(0)) {
+            refused(json!({ key: value }), &[key]);
+        }
+    }
+    for (key, word) in [("learning_rate", "learning"), ("content_weight", "content"), ("guidance", "guidance")] {
+        for value in [json!(-1e-9), json!(-1), json!("0.05"), json!(true), json!([0.05]), json!({})] {
+            refused(json!({ key: value }), &[word]);
+        }
+    }
+    for value in [json!(0), json!("no"), json!([false])] {
+        refused(json!({ "adain": value }), &["adain", "true or false"]);
+    }
+    check.finish();
+}
+
 /// Layers that the network does not have: refused when opened, or at the latest by the first pass.
 #[test]
 fn settings_of_a_folder_beyond_its_network() {
@@ -1170,6 +1324,41 @@ fn good_settings_of_a_folder() {
         change(&mut expected);
         assert_eq!(copy.open().unwrap().settings(Settings::style_transfer()).unwrap(), expected, "{own}");
     }
+}
+
+#[test]
+fn good_settings_of_a_folder_for_sampling() {
+    let copy = ModelCopy::new();
+    let own = json!({
+        "layers": [3, 9], "steps": 20, "learning_rate": 0.1,
+        "sampling": { "steps": 7, "iterations": 0, "learning_rate": 0.02, "content_weight": 0.5, "guidance": 3, "adain": false },
+    });
+    copy.write(OWN, serde_json::to_vec(&own).unwrap());
+    let model = copy.open().unwrap();
+    for task in [Settings::text_to_image(), Settings::text_to_image_xl(), Settings::style_transfer_by_sampling()] {
+        let mut expected = task.clone();
+        (expected.layers, expected.size, expected.steps, expected.iterations) = (Some(3..9), Some((64, 64)), 7, 0);
+        (expected.learning_rate, expected.content_weight, expected.guidance, expected.adain) = (0.02, 0.5, 3.0, false);
+        assert_eq!(model.settings(task).unwrap(), expected);
+    }
+    for task in [Settings::style_transfer(), Settings::texture_synthesis()] {
+        let mut expected = task.clone();
+        (expected.layers, expected.size, expected.steps, expected.learning_rate) = (Some(3..9), Some((64, 64)), 20, 0.1);
+        assert_eq!(model.settings(task).unwrap(), expected);
+    }
+
+    // One of the two leaves the other as it was; null and an empty object are none.
+    let mut plain = Settings::text_to_image();
+    (plain.layers, plain.size) = (Some(10..16), Some((64, 64)));
+    for own in
+        [json!({ "steps": 20, "iterations": 9, "learning_rate": 0.1, "content_weight": 9 }), json!({ "sampling": null }), json!({ "sampling": {} })]
+    {
+        copy.write(OWN, serde_json::to_vec(&own).unwrap());
+        assert_eq!(copy.open().unwrap().settings(Settings::text_to_image()).unwrap(), plain, "{own}");
+    }
+    copy.write(OWN, r#"{ "sampling": { "adain": null, "guidance": 0, "steps": null } }"#);
+    plain.guidance = 0.0;
+    assert_eq!(copy.open().unwrap().settings(Settings::text_to_image()).unwrap(), plain);
 }
 
 // ---- what is told through tracing
@@ -1255,6 +1444,16 @@ fn unknown_settings_only_warn() {
         assert!(warnings.lines().any(|line| line.contains("WARN") && line.contains(OWN) && line.contains(&quoted)), "{key}: {warnings}");
     }
     assert_eq!(warnings.lines().count(), 2, "{warnings}");
+
+    // What only sampling has is not known outside of it, nor in it what is said once for all tasks.
+    copy.write(OWN, r#"{ "guidance": 3, "sampling": { "steps": 5, "stepps": 0, "layers": [3, 9] } }"#);
+    let (warnings, outcome) = told(tracing::Level::WARN, || copy.open());
+    let settings = outcome.unwrap().settings(Settings::text_to_image()).unwrap();
+    assert_eq!((settings.steps, settings.guidance, settings.layers), (5, 7.5, Some(10..16)));
+    for key in ["guidance", "sampling.stepps", "sampling.layers"] {
+        assert!(warnings.lines().any(|line| line.contains(OWN) && line.contains(&format!("\"{key}\""))), "{key}: {warnings}");
+    }
+    assert_eq!(warnings.lines().count(), 3, "{warnings}");
 }
 
 #[test]

@@ -2,157 +2,20 @@
 #![cfg(feature = "stable-diffusion")]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
 
+mod example;
 mod model_copy;
 
 use attention_distillation::{device, image};
+use example::{differ, finished, size, texts, tiny, Place};
 use model_copy::ModelCopy;
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use tch::{Device, Kind, Tensor};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use tch::Kind;
 
-/// `cargo test` builds the examples beside the tests.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let name = format!("style_transfer{}", std::env::consts::EXE_SUFFIX);
-    let program = test.parent().unwrap().parent().unwrap().join("examples").join(name);
-    assert!(program.is_file(), "{} is missing; run `cargo build --example style_transfer` with the test's own flags", program.display());
-    program
-}
-
-/// A folder with small pictures, and the program run in it.
-struct Place {
-    folder: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        tch::set_num_threads(1);
-        let folder = tempfile::tempdir().unwrap();
-        let place = Self { folder };
-        for (name, height, width, seed) in [("content.png", 48, 40, 1), ("style.png", 32, 64, 2), ("other.png", 48, 48, 3)] {
-            place.picture(name, height, width, seed);
-        }
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// Waves of colour.
-    fn picture(&self, name: &str, height: i64, width: i64, seed: i64) {
-        let axis = |length: i64, speed: f64| (Tensor::arange(length, (Kind::Float, Device::Cpu)) * speed).sin();
-        let wave = |i: i64| {
-            let (y, x) = (axis(height, 0.1 * (seed + i) as f64).view([-1, 1]), axis(width, 0.07 * (seed * i + 1) as f64).view([1, -1]));
-            (y * 0.25 + x * 0.25) + 0.5
-        };
-        image::save(&Tensor::stack(&[wave(1), wave(2), wave(3)], 0).unsqueeze(0), self.path(name)).unwrap();
-    }
-
-    /// All files with their bytes.
-    fn files(&self) -> BTreeMap<String, Vec<u8>> {
-        let mut files = BTreeMap::new();
-        for entry in fs::read_dir(self.folder.path()).unwrap() {
-            let entry = entry.unwrap();
-            let bytes = if entry.file_type().unwrap().is_file() { fs::read(entry.path()).unwrap() } else { vec![] };
-            files.insert(entry.file_name().into_string().unwrap(), bytes);
-        }
-        files
-    }
-
-    fn command(&self, model: &Path, flags: &[&str]) -> Command {
-        let mut command = Command::new(program());
-        command.current_dir(self.folder.path()).env("OMP_NUM_THREADS", "1").env("OMP_WAIT_POLICY", "passive");
-        command.arg("--model").arg(model).args(flags).stdin(Stdio::null());
-        command
-    }
-
-    fn run_with(&self, model: &Path, flags: &[&str]) -> Output {
-        self.command(model, flags).output().unwrap()
-    }
-
-    fn run(&self, flags: &[&str]) -> Output {
-        self.run_with(&tiny(), flags)
-    }
-
-    /// A run on the CPU that must succeed: the picture it writes.
-    #[track_caller]
-    fn draw(&self, flags: &[&str], output: &str) -> Tensor {
-        let before = self.files();
-        let outcome = self.run(&[flags, &["--output", output, "--device", "cpu"]].concat());
-        finished(&outcome, output);
-        let mut after = self.files();
-        after.retain(|name, _| !before.contains_key(name) && name != output && name != "sheet.png" && name != "sheet.jpg");
-        assert!(after.is_empty(), "left behind: {:?}", after.keys());
-        image::load(self.path(output)).unwrap()
-    }
-
-    /// A run that must fail: its one line, which has all of the words in it. Nothing is written.
-    #[track_caller]
-    fn refused_with(&self, model: &Path, flags: &[&str], words: &[&str]) -> String {
-        let before = self.files();
-        let outcome = self.run_with(model, flags);
-        let (stdout, stderr) = texts(&outcome);
-        assert_eq!(outcome.status.code(), Some(1), "{flags:?}: {stdout}{stderr}");
-        assert_eq!(stdout, "", "{flags:?}");
-        let lines: Vec<_> = stderr.lines().collect();
-        let [line] = lines.as_slice() else { panic!("{flags:?}: one line expected: {stderr}") };
-        assert!(line.starts_with("error: ") && line.len() < 1000, "{flags:?}: {line}");
-        for word in words {
-            assert!(line.contains(word), "{flags:?}: does not say `{word}`: {line}");
-        }
-        assert!(before == self.files(), "{flags:?}: something was written: {:?}", self.files().keys());
-        line.to_string()
-    }
-
-    #[track_caller]
-    fn refused(&self, flags: &[&str], words: &[&str]) -> String {
-        self.refused_with(&tiny(), flags, words)
-    }
-
-    /// Wrong arguments, which clap refuses: status 2, and the flag by its name.
-    #[track_caller]
-    fn misused(&self, flags: &[&str], words: &[&str]) {
-        let before = self.files();
-        let outcome = self.run(flags);
-        let (stdout, stderr) = texts(&outcome);
-        assert_eq!(outcome.status.code(), Some(2), "{flags:?}: {stdout}{stderr}");
-        assert_eq!(stdout, "", "{flags:?}");
-        assert!(stderr.starts_with("error: "), "{flags:?}: {stderr}");
-        for word in words {
-            assert!(stderr.contains(word), "{flags:?}: does not say `{word}`: {stderr}");
-        }
-        assert!(before == self.files(), "{flags:?}: something was written");
-    }
-}
-
-fn tiny() -> PathBuf {
-    model_copy::fixtures().join("sd15")
-}
-
-fn texts(outcome: &Output) -> (String, String) {
-    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
-    (text(&outcome.stdout), text(&outcome.stderr))
-}
-
-#[track_caller]
-fn finished(outcome: &Output, path: &str) {
-    let (stdout, stderr) = texts(outcome);
-    assert_eq!(outcome.status.code(), Some(0), "{stdout}{stderr}");
-    assert_eq!(stdout.lines().last(), Some(path), "{stdout}");
-    assert!(!stderr.contains("error") && !stderr.contains("WARN") && !stderr.contains("panicked"), "{stderr}");
-}
-
-/// `(height, width)`.
-fn size(picture: &Tensor) -> (i64, i64) {
-    image::size(picture).unwrap()
-}
-
-fn differ(a: &Tensor, b: &Tensor) -> f64 {
-    (a - b).abs().max().double_value(&[])
+fn place() -> Place {
+    Place::of("style_transfer")
 }
 
 const QUICK: [&str; 6] = ["--content", "content.png", "--style", "style.png", "--steps", "2"];
@@ -161,7 +24,7 @@ const QUICK: [&str; 6] = ["--content", "content.png", "--style", "style.png", "-
 
 #[test]
 fn writes_a_picture_and_prints_its_path_last() {
-    let place = Place::new();
+    let place = place();
     let outcome = place.run(&[&QUICK[..], &["--device", "cpu", "--output", "a.png"]].concat());
     finished(&outcome, "a.png");
     let (_, stderr) = texts(&outcome);
@@ -180,14 +43,14 @@ fn writes_a_picture_and_prints_its_path_last() {
 
 #[test]
 fn writes_to_out_png_by_itself() {
-    let place = Place::new();
+    let place = place();
     finished(&place.run(&[&QUICK[..], &["--device", "cpu"]].concat()), "out.png");
     assert!(place.files().contains_key("out.png"));
 }
 
 #[test]
 fn sizes() {
-    let place = Place::new();
+    let place = place();
     let draw = |flags: &[&str], output: &str| size(&place.draw(&[&QUICK[..], flags].concat(), output));
     assert_eq!(draw(&["--size", "64x32"], "wide.png"), (32, 64));
     assert_eq!(draw(&["--size", "32X64"], "tall.png"), (64, 32));
@@ -202,7 +65,7 @@ fn sizes() {
 
 #[test]
 fn sheets_and_jpeg() {
-    let place = Place::new();
+    let place = place();
     let flags = [&QUICK[..], &["--style", "other.png", "--size", "64x48"]].concat();
     let picture = place.draw(&[&flags[..], &["--sheet", "sheet.png"]].concat(), "a.png");
     let sheet = image::load(place.path("sheet.png")).unwrap();
@@ -226,7 +89,7 @@ fn sheets_and_jpeg() {
 
 #[test]
 fn the_same_run_twice() {
-    let place = Place::new();
+    let place = place();
     for (content, name) in [(true, "content"), (false, "noise")] {
         let flags = if content { &QUICK[..] } else { &["--style", "style.png", "--steps", "2", "--size", "32x32"] };
         let [a, b, c] = ["a", "b", "c"].map(|run| format!("{name}_{run}.png"));
@@ -243,7 +106,7 @@ fn the_same_run_twice() {
 
 #[test]
 fn flags_have_their_effect() {
-    let place = Place::new();
+    let place = place();
     let flags = [&QUICK[..], &["--size", "32x32"]].concat();
     let plain = place.draw(&flags, "plain.png");
     for (name, same, more) in [
@@ -280,9 +143,58 @@ fn flags_have_their_effect() {
     assert!(differ(&weight("0"), &weight("100")) > 0.0);
 }
 
+/// The paper's second procedure, with a content and without.
+#[test]
+fn by_sampling() {
+    let place = place();
+    for (content, name) in [(true, "content"), (false, "noise")] {
+        let flags =
+            [&["--style", "style.png", "--steps", "3", "--size", "24x32"][..], if content { &["--content", "content.png"] } else { &[] }].concat();
+        let sampling = [&flags[..], &["--method", "sample"]].concat();
+        let draw = |flags: &[&str], more: &[&str], run: &str| place.draw(&[flags, more].concat(), &format!("{name}_{run}.png"));
+        let picture = draw(&sampling, &[], "a");
+        assert_eq!(size(&picture), (32, 24));
+        drop(draw(&sampling, &["--seed", "42"], "b"));
+        // The task's own settings.
+        drop(draw(&sampling, &["--iterations", "3", "--lr", "0.05", "--content-weight", "0.25"], "same"));
+        let files = place.files();
+        for same in ["b", "same"] {
+            assert!(files[&format!("{name}_a.png")] == files[&format!("{name}_{same}.png")], "{name}: {same} is another picture");
+        }
+        for (run, flags, more) in [
+            ("optimised", &flags, ["--method", "optimise"].as_slice()),
+            ("seed", &sampling, &["--seed", "43"]),
+            ("iterations", &sampling, &["--iterations", "1"]),
+            ("plain", &sampling, &["--iterations", "0"]),
+            ("lr", &sampling, &["--lr", "0.5"]),
+            ("style", &sampling, &["--style", "other.png"]),
+        ] {
+            assert!(differ(&draw(flags, more, run), &picture) > 0.0, "{name}: {run} is the same picture");
+        }
+        let weighted = draw(&sampling, &["--content-weight", "5"], "weight");
+        assert_eq!(differ(&weighted, &picture) > 0.0, content, "the content loss acts where there is a content, and only there");
+    }
+    // 50 steps by itself, where the folder says nothing.
+    let outcome = place.run(&["--style", "style.png", "--method", "sample", "--iterations", "0", "--size", "8x8", "--device", "cpu"]);
+    finished(&outcome, "out.png");
+    assert!(texts(&outcome).1.contains("step 50/50, "), "no loss without a descent");
+}
+
+/// A model without a text encoder, and SDXL, whose size and null prompt it is told.
+#[test]
+fn by_sampling_with_other_models() {
+    let place = place();
+    let flags = ["--content", "content.png", "--style", "style.png", "--method", "sample", "--steps", "2"];
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/mini");
+    for (model, name) in [(bundled, "mini.png"), (example::fixture("sdxl"), "sdxl.png")] {
+        let picture = place.draw_with(&model, &flags, name, &[name]).remove(0);
+        assert_eq!(size(&picture), (48, 40));
+    }
+}
+
 #[test]
 fn a_folders_own_settings_hold() {
-    let place = Place::new();
+    let place = place();
     let copy = ModelCopy::new();
     copy.write("attention_distillation.json", r#"{ "steps": 3, "size": [48, 32], "layers": [12, 16] }"#);
     let outcome = place.run_with(copy.folder(), &["--style", "style.png", "--output", "a.png", "--device", "cpu"]);
@@ -295,13 +207,21 @@ fn a_folders_own_settings_hold() {
     finished(&outcome, "b.png");
     assert!(texts(&outcome).1.contains("step 1/1"));
     assert_eq!(size(&image::load(place.path("b.png")).unwrap()), (16, 16));
+    // Sampling has its own.
+    copy.write("attention_distillation.json", r#"{ "steps": 3, "size": [48, 32], "sampling": { "steps": 4, "iterations": 1 } }"#);
+    let flags = ["--style", "style.png", "--output", "c.png", "--device", "cpu"];
+    for (method, step) in [("optimise", "step 3/3"), ("sample", "step 4/4")] {
+        let outcome = place.run_with(copy.folder(), &[&flags[..], &["--method", method]].concat());
+        finished(&outcome, "c.png");
+        assert!(texts(&outcome).1.contains(step), "{method}");
+    }
 }
 
 /// Ctrl-C after the first line of progress; by then previews have been written, each of them whole.
 #[cfg(unix)]
 #[test]
 fn ctrl_c_writes_what_there_is() {
-    let place = Place::new();
+    let place = place();
     let flags = ["--content", "content.png", "--style", "style.png", "--steps", "400", "--preview", "3", "--output", "a.png", "--device", "cpu"];
     let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
@@ -330,7 +250,7 @@ fn ctrl_c_writes_what_there_is() {
 /// A loss that is not finite ends the run with its step named, and without a picture.
 #[test]
 fn a_run_that_explodes() {
-    let place = Place::new();
+    let place = place();
     for lr in ["1e38", "1e300"] {
         let outcome = place.run(&[&QUICK[..4], &["--steps", "5", "--lr", lr, "--output", "a.png", "--device", "cpu"]].concat());
         let (stdout, stderr) = texts(&outcome);
@@ -347,7 +267,7 @@ fn a_run_that_explodes() {
 
 #[test]
 fn pictures() {
-    let place = Place::new();
+    let place = place();
     fs::write(place.path("empty.png"), "").unwrap();
     fs::write(place.path("text.png"), "This is no picture.").unwrap();
     let whole = fs::read(place.path("content.png")).unwrap();
@@ -371,7 +291,7 @@ fn pictures() {
 
 #[test]
 fn models() {
-    let place = Place::new();
+    let place = place();
     let refuse = |model: &Path, words: &[&str]| place.refused_with(model, &QUICK, words);
     refuse(&place.path("no-such-model"), &["no-such-model", "no such folder"]);
     fs::create_dir(place.path("empty")).unwrap();
@@ -388,14 +308,20 @@ fn models() {
     copy.restore(model_copy::VAE);
     copy.write("attention_distillation.json", r#"{ "steps": 0 }"#);
     refuse(copy.folder(), &["attention_distillation.json", "steps"]);
+    copy.write("attention_distillation.json", r#"{ "sampling": { "steps": 0 } }"#);
+    refuse(copy.folder(), &["attention_distillation.json", "sampling", "steps"]);
     copy.remove("attention_distillation.json");
+    // What an interrupted copy leaves, and another model's encoder.
     fs::create_dir(copy.path("text_encoder_2")).unwrap();
-    refuse(copy.folder(), &["SDXL"]);
+    refuse(copy.folder(), &["tokenizer_2"]);
+    copy.put(&example::fixture("sd15/text_encoder"), "text_encoder_2");
+    copy.put(&example::fixture("sd15/tokenizer"), "tokenizer_2");
+    refuse(copy.folder(), &["text_encoder_2", "SDXL"]);
 }
 
 #[test]
 fn outputs() {
-    let place = Place::new();
+    let place = place();
     fs::create_dir(place.path("folder.png")).unwrap();
     for flag in ["--output", "--sheet"] {
         for (bad, word) in [
@@ -414,7 +340,7 @@ fn outputs() {
 
 #[test]
 fn settings() {
-    let place = Place::new();
+    let place = place();
     let refuse = |more: &[&str], words: &[&str]| {
         place.refused(&[&QUICK[..4], more].concat(), words);
     };
@@ -440,12 +366,13 @@ fn settings() {
     refuse(&["--dtype", ""], &["dtype", "f32"]);
     refuse(&["--device", "foo"], &["device", "foo", "cuda:N"]);
     refuse(&["--device", "cuda:x"], &["device", "cuda:x"]);
-    refuse(&["--method", "sample"], &["method", "sample", "optimise"]);
+    refuse(&["--method", "sample", "--steps", "0"], &["steps", "0"]);
+    refuse(&["--method", "sample", "--lr", "NaN"], &["learning rate", "at least 0"]);
 }
 
 #[test]
 fn cuda_where_there_is_none() {
-    let place = Place::new();
+    let place = place();
     match device::parse("cuda") {
         Ok(_) => {
             eprintln!("partly skipped: there is a GPU here");
@@ -462,7 +389,7 @@ fn cuda_where_there_is_none() {
 
 #[test]
 fn wrong_arguments() {
-    let place = Place::new();
+    let place = place();
     let misuse = |more: &[&str], words: &[&str]| place.misused(&[&QUICK[..4], more].concat(), words);
     for bad in ["abc", "64", "64x", "64x64x64", "64.5x64"] {
         misuse(&["--size", bad], &["--size", "512x384"]);

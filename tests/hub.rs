@@ -37,6 +37,18 @@ const CLUTTER: [&str; 9] = [
     "feature_extractor/preprocessor_config.json",
 ];
 
+const SDXL_CLUTTER: [&str; 9] = [
+    "sd_xl_base_1.0.safetensors",
+    "sd_xl_offset_example-lora_1.0.safetensors",
+    "vae_1_0/config.json",
+    "vae_1_0/diffusion_pytorch_model.safetensors",
+    "vae_encoder/model.onnx",
+    "text_encoder_2/model.onnx_data",
+    "text_encoder_2/openvino_model.bin",
+    "unet/openvino_model.xml",
+    "unet/diffusion_flax_model.msgpack",
+];
+
 /// Neither the user's token nor a proxy between the tests and their servers; the address leads nowhere.
 fn prepare() {
     static ONCE: Once = Once::new();
@@ -204,8 +216,12 @@ fn etag(bytes: &[u8]) -> String {
     format!("{hash:016x}")
 }
 
-/// The fixture's files, by their names in the repository.
 fn model() -> BTreeMap<String, Vec<u8>> {
+    fixture("sd15")
+}
+
+/// A fixture's files, by their names in the repository.
+fn fixture(name: &str) -> BTreeMap<String, Vec<u8>> {
     fn walk(root: &Path, folder: &Path, files: &mut BTreeMap<String, Vec<u8>>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -218,7 +234,7 @@ fn model() -> BTreeMap<String, Vec<u8>> {
             }
         }
     }
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sd15");
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
     let mut files = BTreeMap::new();
     walk(&root, &root, &mut files);
     files
@@ -352,6 +368,40 @@ fn weights_in_several_files() {
         content.files.remove("unet/part-00002.safetensors");
     });
     refused(fetch(&hub), &["unet/part-00002.safetensors"]);
+}
+
+#[test]
+fn sdxl() {
+    let mut files = fixture("sdxl");
+    let needed = files.clone();
+    for clutter in SDXL_CLUTTER {
+        files.insert(clutter.into(), b"not to be read".to_vec());
+    }
+    // Half precision of one network, which is not asked for.
+    files.insert("text_encoder_2/model.fp16.safetensors".into(), b"in half precision".to_vec());
+    let (server, cache) = (Server::start(files), tempfile::tempdir().unwrap());
+    let hub = server.hub(cache.path());
+    let folder = fetch(&hub).unwrap();
+    opens(&folder);
+    same(&folder, &needed);
+    // The tokenizers share files, which are fetched once.
+    let fetched = server.downloads();
+    assert!(fetched.iter().all(|file| needed.contains_key(file)), "{fetched:?}");
+    let half = fetch(&hub.clone().with_half(true)).unwrap();
+    assert_eq!((half.as_path(), server.downloads()), (folder.as_path(), vec!["text_encoder_2/model.fp16.safetensors".to_owned()]));
+
+    // Another program may have left out the second encoder, which its list names.
+    std::fs::remove_dir_all(folder.join("text_encoder_2")).unwrap();
+    server.change(|content| content.fault = Fault::Status(500));
+    refused(fetch(&hub), &["500", "incomplete", "text_encoder_2"]);
+    server.change(|content| content.fault = Fault::None);
+    opens(&fetch(&hub).unwrap());
+
+    // The refiner has only that one.
+    server.requests();
+    server.change(|content| content.files.retain(|name, _| !name.starts_with("text_encoder/") && !name.starts_with("tokenizer/")));
+    refused(fetch(&hub), &[REPO, "text_encoder_2", "refiner"]);
+    assert!(server.downloads().is_empty());
 }
 
 #[test]

@@ -1,12 +1,25 @@
 //! Settings and sizes outside of their range are refused before a run begins.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
 
-use attention_distillation::{Error, Noise, Settings};
+use attention_distillation::{Error, Procedure, Settings};
+
+fn by_optimisation() -> [Settings; 2] {
+    [Settings::style_transfer(), Settings::texture_synthesis()]
+}
+
+fn by_sampling() -> [Settings; 3] {
+    [Settings::style_transfer_by_sampling(), Settings::text_to_image(), Settings::text_to_image_xl()]
+}
 
 /// `change` spoils sound settings: the error names the setting and its value.
 #[track_caller]
 fn refused(name: &str, value: &str, change: impl Fn(&mut Settings)) {
-    for mut settings in [Settings::style_transfer(), Settings::texture_synthesis()] {
+    refused_of(by_optimisation().into_iter().chain(by_sampling()), name, value, change);
+}
+
+#[track_caller]
+fn refused_of(tasks: impl IntoIterator<Item = Settings>, name: &str, value: &str, change: impl Fn(&mut Settings)) {
+    for mut settings in tasks {
         change(&mut settings);
         match settings.check() {
             Err(Error::Argument { argument, reason }) => {
@@ -22,7 +35,7 @@ fn refused(name: &str, value: &str, change: impl Fn(&mut Settings)) {
 
 #[track_caller]
 fn accepted(change: impl Fn(&mut Settings)) {
-    for mut settings in [Settings::style_transfer(), Settings::texture_synthesis()] {
+    for mut settings in by_optimisation().into_iter().chain(by_sampling()) {
         change(&mut settings);
         settings.check().unwrap();
     }
@@ -35,12 +48,28 @@ fn the_authors_settings_are_sound() {
     assert_eq!((transfer.steps, transfer.iterations, transfer.learning_rate, transfer.content_weight), (200, 1, 0.05, 0.25));
     assert_eq!((transfer.layers, transfer.size), (None, None));
     assert_eq!((texture.steps, texture.iterations, texture.learning_rate, texture.content_weight), (300, 1, 0.05, 0.0));
+    for settings in by_optimisation() {
+        assert_eq!((settings.procedure, settings.guidance, settings.adain), (Procedure::Optimisation, 1.0, false));
+    }
+
+    let [transfer, image, xl] = by_sampling();
+    assert_eq!((transfer.steps, transfer.iterations, transfer.learning_rate, transfer.content_weight), (50, 3, 0.05, 0.25));
+    assert_eq!((image.steps, image.iterations, image.learning_rate, image.content_weight), (50, 3, 0.015, 0.25));
+    assert_eq!((xl.steps, xl.iterations, xl.learning_rate, xl.content_weight), (50, 2, 0.015, 0.25));
+    for (settings, guidance, adain) in [(transfer, 1.0, false), (image, 7.5, true), (xl, 7.0, true)] {
+        assert_eq!((settings.procedure, settings.guidance, settings.adain), (Procedure::Sampling, guidance, adain));
+    }
 }
 
 #[test]
 fn counts_of_zero() {
     refused("steps", "0", |s| s.steps = 0);
-    refused("iterations", "0", |s| s.iterations = 0);
+    refused_of(by_optimisation(), "iterations", "0", |s| s.iterations = 0);
+    // Sampling without descents is plain sampling.
+    for mut settings in by_sampling() {
+        settings.iterations = 0;
+        settings.check().unwrap();
+    }
     accepted(|s| (s.steps, s.iterations) = (1, 1));
 }
 
@@ -49,9 +78,11 @@ fn numbers_that_are_none_or_negative() {
     for (number, shown) in [(f64::NAN, "NaN"), (f64::INFINITY, "inf"), (f64::NEG_INFINITY, "-inf"), (-0.5, "-0.5"), (-1e-9, "-0.000000001")] {
         refused("learning rate", shown, |s| s.learning_rate = number);
         refused("content weight", shown, |s| s.content_weight = number);
+        refused("guidance", shown, |s| s.guidance = number);
     }
     accepted(|s| (s.learning_rate, s.content_weight) = (0.0, 0.0));
     accepted(|s| (s.learning_rate, s.content_weight) = (10.0, 1.0));
+    accepted(|s| (s.guidance, s.adain) = (0.0, !s.adain));
 }
 
 #[test]

@@ -1,13 +1,17 @@
 //! What the examples share: flags, opening a model, running with progress, writing pictures.
-#![allow(dead_code)] // Each example uses a part of it.
+#![allow(dead_code, unused_imports)] // Each example uses a part of it.
 
+mod control;
 mod flags;
 mod model;
 mod progress;
+mod prompts;
 
+pub use control::{steer, ControlFlags};
 pub use flags::Shared;
 pub use model::open;
 pub use progress::follow;
+pub use prompts::PromptFlags;
 
 use attention_distillation::{image, tch::Tensor, References, Result, StableDiffusion, Style};
 use std::{path::PathBuf, process::ExitCode};
@@ -38,8 +42,8 @@ pub fn show_warnings() {
 }
 
 /// Before a long run: whether its outputs can be written at the end of it.
-pub fn check_outputs(shared: &Shared) -> Result<()> {
-    image::check_writable(&shared.output)?;
+pub fn check_outputs(shared: &Shared, files: &[PathBuf]) -> Result<()> {
+    files.iter().try_for_each(image::check_writable)?;
     shared.sheet.as_ref().map_or(Ok(()), image::check_writable)
 }
 
@@ -48,9 +52,10 @@ pub fn files(shared: &Shared, count: usize) -> Vec<PathBuf> {
     if count == 1 {
         return vec![shared.output.clone()];
     }
-    let part = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
-    let (stem, extension) = (part(shared.output.file_stem()), part(shared.output.extension()));
-    (0..count).map(|i| shared.output.with_file_name(format!("{stem}-{i}.{extension}"))).collect()
+    let text = |part: &std::ffi::OsStr| part.to_string_lossy().into_owned();
+    let stem = shared.output.file_stem().map(text).unwrap_or_default();
+    let extension = shared.output.extension().map(|extension| format!(".{}", text(extension))).unwrap_or_default();
+    (0..count).map(|i| shared.output.with_file_name(format!("{stem}-{i}{extension}"))).collect()
 }
 
 /// Each picture of the batch to its file.

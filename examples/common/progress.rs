@@ -7,22 +7,28 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     io::IsTerminal,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        atomic::{AtomicBool, Ordering},
+        Once,
+    },
     time::Instant,
 };
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
-/// Ctrl-C ends the run after its current step, a second one at once.
+/// Ctrl-C ends the run after its current step, a second one at once. A handler can be set once only, runs may be several.
 fn stop_on_ctrl_c() {
-    let set = ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let set = ctrlc::set_handler(|| {
+            if STOP.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        });
+        if let Err(error) = set {
+            tracing::warn!(%error, "Ctrl-C will end the program at once");
         }
     });
-    if let Err(error) = set {
-        tracing::warn!(%error, "Ctrl-C will end the program at once");
-    }
 }
 
 /// Either procedure, as far as watching it goes.
@@ -54,8 +60,8 @@ macro_rules! run {
 run!(Distiller, |run: &Distiller<D, O>| run.timesteps.len());
 run!(GuidedSampler, |run: &GuidedSampler<D, O>| run.scheduler.timesteps().len());
 
-/// All steps of a run, or as many as there are before Ctrl-C; previews go to the files. Returns the pictures, and whether the
-/// run came to its end.
+/// All steps of a run, or as many as there are before Ctrl-C; previews go to the files. Returns the pictures, and whether to
+/// go on with another run.
 pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files: &[PathBuf]) -> Result<(Tensor, bool)> {
     stop_on_ctrl_c();
     let steps = run.steps();
@@ -65,7 +71,6 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar()));
     }
     let started = Instant::now();
-    let mut whole = true;
     while let Some(progress) = run.advance()? {
         let step = progress.step;
         // Asking for the loss makes a GPU wait, so not in every step of a long run.
@@ -87,10 +92,9 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
         if STOP.load(Ordering::Relaxed) && step < steps {
             run.check()?;
             eprintln!("stopped after step {step} of {steps}");
-            whole = false;
             break;
         }
     }
     bar.iter().for_each(ProgressBar::finish_and_clear);
-    Ok((model.decode(run.latents())?, whole))
+    Ok((model.decode(run.latents())?, !STOP.load(Ordering::Relaxed)))
 }

@@ -46,6 +46,14 @@ impl ControlNet {
         let _guard = tch::no_grad_guard();
         let folder = folder.as_ref();
         let path = folder.join("config.json");
+        if !path.is_file() {
+            let reason = if folder.is_dir() {
+                "has no config.json; a ControlNet's folder in diffusers layout holds it beside diffusion_pytorch_model.safetensors"
+            } else {
+                "there is no such folder; name a ControlNet's folder in diffusers layout"
+            };
+            return Err(Error::Config { path: folder.to_owned(), reason: reason.into() });
+        }
         let config = Config::open(&path)?;
         let class = config.text("_class_name", "ControlNetModel")?;
         if class != "ControlNetModel" {

@@ -323,10 +323,12 @@ fn cached(folder: &Path, revision: &str, half: bool) -> Result<PathBuf, Option<S
     // Another program may have fetched a part of the model; only this file says what belongs to it.
     let model = fs::read_to_string(snapshot.join("model_index.json")).unwrap_or_default();
     let model = serde_json::from_str::<serde_json::Value>(&model).unwrap_or_default();
-    if model.pointer("/text_encoder/0").is_some_and(|library| library.is_string()) && !has("text_encoder/config.json") {
-        return Err(Some("has no file text_encoder/config.json".into()));
+    let named = |part: &str| model.pointer(&format!("/{part}/0")).is_some_and(|library| library.is_string());
+    let lacks = |part: &&str| named(part) && !has(&format!("{part}/config.json"));
+    match ["text_encoder", "text_encoder_2"].into_iter().find(lacks) {
+        Some(part) => Err(Some(format!("has no file {part}/config.json"))),
+        None => Ok(snapshot),
     }
-    Ok(snapshot)
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ impl FolderSettings {
         let warn = |key: &str| tracing::warn!(file = %path.display(), key, "a setting that this version does not know");
         config.keys().filter(|key| !COMMON.contains(key) && !OPTIMISATION.contains(key)).for_each(warn);
         let unknown = |key: &&str| !SAMPLING_ONLY.contains(key) && !OPTIMISATION.contains(key);
-        sampling.iter().flat_map(Config::keys).filter(unknown).for_each(warn);
+        sampling.iter().flat_map(Config::keys).filter(unknown).for_each(|key| warn(&format!("{SAMPLING}.{key}")));
         let settings = Self { config: Some(config), sampling };
         settings.over(Settings::style_transfer())?;
         settings.over(Settings::text_to_image())?;

@@ -21,8 +21,8 @@ pub(crate) struct Text {
 enum Encoders {
     /// The model never had any.
     None,
-    One(Encoder),
-    Two(Encoder, Encoder),
+    One(Box<Encoder>),
+    Two(Box<Encoder>, Box<Encoder>),
     /// They are gone; the null prompt stays.
     Dropped(Encoded),
 }
@@ -45,7 +45,7 @@ impl Text {
         let bad = |reason: String| Error::Config { path: folder.to_owned(), reason };
         let index = Index::open(folder)?;
         let part = |encoder: &str, tokenizer: &str| match (folder.join(encoder).is_dir(), index.names(encoder)) {
-            (true, _) => Encoder::open(&folder.join(encoder), &folder.join(tokenizer), device, kind).map(Some),
+            (true, _) => Encoder::open(&folder.join(encoder), &folder.join(tokenizer), device, kind).map(Box::new).map(Some),
             (false, true) => Err(bad(format!("its model_index.json names a {encoder}, but there is no such folder; fetch it, too"))),
             (false, false) => Ok(None),
         };
@@ -80,7 +80,8 @@ impl Text {
         if width != wanted {
             return bad(format!("its {names} embeddings of width {width}, its U-Net takes {wanted}"));
         }
-        for Encoder { tokenizer, model } in &all {
+        for encoder in &all {
+            let (tokenizer, model) = (&encoder.tokenizer, &encoder.model);
             if tokenizer.length() > model.positions() {
                 return bad(format!("its tokenizer makes {} ids, its text encoder takes {}", tokenizer.length(), model.positions()));
             }

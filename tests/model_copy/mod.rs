@@ -1,4 +1,4 @@
-//! A copy of the tiny model `fixtures/sd15` to break.
+//! A copy of a tiny model to break.
 #![allow(dead_code, missing_docs, clippy::disallowed_methods, clippy::unwrap_used)] // Each test file uses a part of it.
 
 use attention_distillation::{Result, StableDiffusion};
@@ -14,6 +14,7 @@ pub const TEXT: &str = "text_encoder/model.safetensors";
 /// Gone when dropped.
 pub struct ModelCopy {
     folder: tempfile::TempDir,
+    original: PathBuf,
 }
 
 impl ModelCopy {
@@ -24,9 +25,9 @@ impl ModelCopy {
 
     pub fn of(fixture: &str) -> Self {
         tch::set_num_threads(1);
-        let folder = tempfile::tempdir().unwrap();
-        copy(&fixtures().join(fixture), folder.path());
-        Self { folder }
+        let (folder, original) = (tempfile::tempdir().unwrap(), fixtures().join(fixture));
+        copy(&original, folder.path());
+        Self { folder, original }
     }
 
     pub fn folder(&self) -> &Path {
@@ -55,9 +56,22 @@ impl ModelCopy {
         }
     }
 
-    /// The file as it was.
+    /// The file or the folder as it was.
     pub fn restore(&self, name: &str) {
-        fs::copy(fixtures().join("sd15").join(name), self.path(name)).unwrap();
+        self.put(&self.original.join(name), name);
+    }
+
+    /// A file or a folder from elsewhere, in the place of what was there.
+    pub fn put(&self, from: &Path, name: &str) {
+        if from.is_dir() {
+            let target = self.path(name);
+            if target.exists() {
+                fs::remove_dir_all(&target).unwrap();
+            }
+            copy(from, &target);
+        } else {
+            fs::copy(from, self.path(name)).unwrap();
+        }
     }
 
     pub fn json(&self, name: &str) -> Map<String, Value> {

@@ -1,0 +1,57 @@
+//! The flags of a control picture, and what they come to.
+
+use attention_distillation::stable_diffusion::{Condition, Control, ControlNet};
+use attention_distillation::{image, tch::Tensor, Guidance, Result, StableDiffusion};
+use std::path::PathBuf;
+
+#[derive(Debug, clap::Args)]
+pub struct ControlFlags {
+    /// A control picture as the ControlNet wants it: edges, depth, a pose
+    #[arg(long = "control", value_name = "FILE", group = "control_picture", requires = "controlnet")]
+    picture: Option<PathBuf>,
+    /// A plain photo to make the control picture of; say how
+    #[arg(long = "control-from", value_name = "FILE", group = "control_picture", requires_all = ["controlnet", "canny"])]
+    from: Option<PathBuf>,
+    /// By Canny's edges
+    #[arg(long, requires = "from", conflicts_with = "picture")]
+    canny: bool,
+    /// ControlNet folder in diffusers layout
+    #[arg(long, value_name = "DIR", requires = "control_picture")]
+    controlnet: Option<PathBuf>,
+    /// How strongly it acts
+    #[arg(long = "control-strength", value_name = "F", default_value_t = 1.0, allow_hyphen_values = true, requires = "controlnet")]
+    strength: f64,
+    /// Where it begins to act, as a fraction of the steps
+    #[arg(long = "control-start", value_name = "F", default_value_t = 0.0, allow_hyphen_values = true, requires = "controlnet")]
+    start: f64,
+    /// Where it ends
+    #[arg(long = "control-end", value_name = "F", default_value_t = 1.0, allow_hyphen_values = true, requires = "controlnet")]
+    end: f64,
+}
+
+impl ControlFlags {
+    /// The control picture or the photo, where one is named.
+    pub fn load(&self) -> Result<Option<Tensor>> {
+        self.picture.as_ref().or(self.from.as_ref()).map(image::load).transpose()
+    }
+
+    /// What was loaded, as the control picture that it is or becomes, and the control of it. A photo is scaled first, so that
+    /// its edges are one pixel wide in the output.
+    pub fn open(&self, model: &mut StableDiffusion, loaded: Tensor, size: (i64, i64), timesteps: &[f64]) -> Result<(Tensor, Control)> {
+        let folder = self.controlnet.clone().unwrap_or_default();
+        let net = model.add_controlnet(ControlNet::open(folder, model.device(), model.kind())?)?;
+        let picture = match self.canny {
+            true => image::canny(&image::resize(&loaded, size)?, image::CANNY_LOW, image::CANNY_HIGH)?,
+            false => loaded,
+        };
+        let control = model.control(net, &picture, size)?.with_strength(self.strength)?.between(self.start, self.end, timesteps)?;
+        Ok((picture, control))
+    }
+}
+
+/// Both sides of the guidance with the control, as diffusers has it.
+pub fn steer(mut guidance: Guidance<Condition>, control: &Control) -> Guidance<Condition> {
+    guidance.prompt = guidance.prompt.with_control(control.shallow_clone());
+    guidance.negative = guidance.negative.map(|negative| negative.with_control(control.shallow_clone()));
+    guidance
+}
