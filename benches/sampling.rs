@@ -92,7 +92,7 @@ fn guided(c: &mut Criterion) {
         let start = model.noise(1, SIZE, &mut noise).unwrap();
         let references = References::style(style.shallow_clone());
         let schedule = model.ddim(50).unwrap();
-        let mut run = GuidedSampler::new(model.extractor(SIZE).unwrap(), schedule, guidance, references, start.shallow_clone()).with_noise(noise);
+        let mut run = GuidedSampler::new(model.extractor(SIZE).unwrap(), schedule, guidance, references, start.shallow_clone(), noise);
         (run.iterations, run.adain) = (iterations, true);
         group.bench_function(name, |b| {
             b.iter(|| {

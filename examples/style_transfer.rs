@@ -65,8 +65,8 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let (result, _) = if flags.method == Method::Sample {
         let start = model.noise(1, size, &mut noise)?;
         let guidance = model.guidance(&[""], None, settings.guidance, size)?;
-        let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start);
-        common::follow(&mut run.with_settings(&settings)?.with_noise(noise), &model, shared, &files)?
+        let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
+        common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
     } else {
         let timesteps = model.timesteps(settings.steps)?;
         let run = if references.content.is_some() {

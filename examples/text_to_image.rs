@@ -74,9 +74,9 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         let mut extractor = model.extractor(size)?;
         extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
         let references = references.try_map(|latents| Ok(latents.shallow_clone()))?;
-        let run = GuidedSampler::new(extractor, ddim.clone(), guidance, references, start);
+        let run = GuidedSampler::new(extractor, ddim.clone(), guidance, references, start, noise);
         let own: Vec<_> = files.iter().skip(results.len()).take(count).cloned().collect();
-        let (pictures, go_on) = common::follow(&mut run.with_settings(&settings)?.with_noise(noise), &model, shared, &own)?;
+        let (pictures, go_on) = common::follow(&mut run.with_settings(&settings)?, &model, shared, &own)?;
         common::save(&pictures, &own)?;
         results.extend((0..count as i64).map(|i| pictures.f_narrow(0, i, 1)).collect::<std::result::Result<Vec<_>, _>>()?);
         if !go_on {

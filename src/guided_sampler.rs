@@ -45,7 +45,7 @@ pub struct GuidedSampler<D: Denoiser, O = Adam> {
     pub adain: bool,
     /// Descents begin below this timestep.
     pub start_time: f64,
-    /// Where noise comes from; by default seeded with 0.
+    /// Where noise comes from: the source that drew the first latents, after it drew them.
     pub noise: Noise,
     /// The picture so far, f32; on a new run standard normal noise, one for each picture of the batch.
     pub latents: Tensor,
@@ -73,13 +73,15 @@ impl<D: Denoiser, O: std::fmt::Debug> std::fmt::Debug for GuidedSampler<D, O> {
 }
 
 impl<D: Denoiser> GuidedSampler<D> {
-    /// With the AD loss alone, three iterations of Adam at each timestep, and no AdaIN.
+    /// With the AD loss alone, three iterations of Adam at each timestep, and no AdaIN. `noise` is to be the source that drew
+    /// `latents`: with the numbers of the latents once more, the references' noise would not be independent of them.
     pub fn new(
         extractor: FeatureExtractor<D>,
         scheduler: impl Scheduler + Send + 'static,
         guidance: Guidance<D::Condition>,
         references: References,
         latents: Tensor,
+        noise: Noise,
     ) -> Self {
         Self {
             extractor,
@@ -91,7 +93,7 @@ impl<D: Denoiser> GuidedSampler<D> {
             iterations: 3,
             adain: false,
             start_time: 999.0,
-            noise: Noise::seeded(0),
+            noise,
             latents,
             step: 0,
             soundness: Soundness::default(),
@@ -116,13 +118,6 @@ impl<D: Denoiser> GuidedSampler<D> {
 }
 
 impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
-    /// The same run with another source of noise: the one that drew its first latents.
-    #[must_use]
-    pub fn with_noise(mut self, noise: Noise) -> Self {
-        self.noise = noise;
-        self
-    }
-
     /// The same run with another optimizer.
     pub fn with_optimizer<P: Optimizer>(self, optimizer: P) -> GuidedSampler<D, P> {
         let Self { extractor, scheduler, guidance, references, loss, optimizer: _, iterations, adain, start_time, noise, latents, step, soundness } =

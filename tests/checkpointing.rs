@@ -127,7 +127,7 @@ fn a_guided_sampling_ends_in_the_same_picture() {
         let mut noise = Noise::seeded(1);
         let start = model.noise(1, (64, 64), &mut noise).unwrap();
         let styles = References::style(random(5, &[1, 4, 8, 8]));
-        let mut run = GuidedSampler::new(model.extractor((64, 64)).unwrap(), model.ddim(4).unwrap(), guidance, styles, start).with_noise(noise);
+        let mut run = GuidedSampler::new(model.extractor((64, 64)).unwrap(), model.ddim(4).unwrap(), guidance, styles, start, noise);
         (run.iterations, run.adain) = (1, true);
         model.decode(&run.finish().unwrap()).unwrap()
     });

@@ -28,9 +28,15 @@ fn references() -> References {
 }
 
 fn sampler(toy: &Toy, steps: usize) -> GuidedSampler<&Toy> {
-    let mut run = GuidedSampler::new(extractor(toy), ddim(steps), guidance(), references(), latents(5, 6, 8)).with_noise(Noise::seeded(3));
+    let mut run = GuidedSampler::new(extractor(toy), ddim(steps), guidance(), references(), latents(5, 6, 8), Noise::seeded(3));
     run.loss = run.loss.plus(0.2, ContentLoss);
     (run.iterations, run.adain) = (2, true);
+    run
+}
+
+/// From another source of noise.
+fn with_noise(mut run: GuidedSampler<&Toy>, noise: Noise) -> GuidedSampler<&Toy> {
+    run.noise = noise;
     run
 }
 
@@ -60,7 +66,7 @@ fn without_iterations_it_is_plain_sampling() {
         counter.fetch_add(1, Ordering::Relaxed);
         Ok(like.zeros_like())
     });
-    let mut run = GuidedSampler::new(extractor(&toy), ddim(5), guidance(), References::default(), start.shallow_clone()).with_noise(counting);
+    let mut run = GuidedSampler::new(extractor(&toy), ddim(5), guidance(), References::default(), start.shallow_clone(), counting);
     (run.iterations, run.adain) = (0, true);
     for (index, &t) in schedule.timesteps().iter().enumerate() {
         z = schedule.step(index, &guided(&toy, &z, t, &guidance()), &z).unwrap();
@@ -101,11 +107,12 @@ fn a_step_is_what_the_paper_says() {
     }
 
     let queue = Mutex::new(draws.iter().map(Tensor::copy).collect::<Vec<_>>());
-    let mut run = sampler(&toy, 4).with_noise(Noise::from_fn(move |like| {
+    let mut run = sampler(&toy, 4);
+    run.noise = Noise::from_fn(move |like| {
         let drawn = queue.lock().unwrap().remove(0);
         assert_eq!(drawn.size(), like.size());
         Ok(drawn)
-    }));
+    });
     run.optimizer.config.learning_rate = 0.03;
     run.step = index;
     let progress = run.advance().unwrap().unwrap();
@@ -188,7 +195,7 @@ fn a_step_costs_what_it_must_and_no_more() {
 fn the_same_seed_gives_the_same_picture_and_another_another() {
     tch::set_num_threads(1);
     let toy = Toy::new(Kind::Float);
-    let made = |seed: u64| sampler(&toy, 3).with_noise(Noise::seeded(seed)).finish().unwrap();
+    let made = |seed: u64| with_noise(sampler(&toy, 3), Noise::seeded(seed)).finish().unwrap();
     assert_same(&made(1), &made(1));
     assert!(difference(&made(1), &made(2)) > 1e-2);
 }
@@ -205,7 +212,7 @@ fn an_error_leaves_the_run_where_it_was_and_the_step_is_made_again() {
     };
     for fails in 1..=7 {
         for source in [Noise::seeded(3), custom()] {
-            let mut run = sampler(&toy, 3).with_noise(source);
+            let mut run = with_noise(sampler(&toy, 3), source);
             run.advance().unwrap();
             let before = run.latents.copy();
             for trouble in [Trouble::Memory, Trouble::Broken] {
@@ -233,7 +240,7 @@ fn a_saved_run_goes_on_to_the_same_picture() {
             run.advance().unwrap();
         }
         run.checkpoint().unwrap().save(&file).unwrap();
-        let mut other = sampler(&toy, 4).with_noise(Noise::seeded(99));
+        let mut other = with_noise(sampler(&toy, 4), Noise::seeded(99));
         other.latents = noise(1, &[1, 4, 6, 8]);
         other.resume(&Checkpoint::load(&file).unwrap()).unwrap();
         assert_eq!(other.step, stop);

@@ -113,8 +113,8 @@ fn a_guided_sampling_ends_in_the_same_picture() {
             let references = References::style(model.encode(&style).unwrap()).with_content(model.encode(&content).unwrap());
             let mut noise = Noise::seeded(seed);
             let start = model.noise(1, (64, 64), &mut noise).unwrap();
-            let run = GuidedSampler::new(model.extractor((64, 64)).unwrap(), model.ddim(5).unwrap(), guidance, references, start);
-            let mut run = run.with_settings(&Settings::text_to_image()).unwrap().with_noise(noise);
+            let run = GuidedSampler::new(model.extractor((64, 64)).unwrap(), model.ddim(5).unwrap(), guidance, references, start, noise);
+            let mut run = run.with_settings(&Settings::text_to_image()).unwrap();
             model.decode(&run.finish().unwrap()).unwrap().to_device(Device::Cpu)
         };
         let levels = |a: &Tensor, b: &Tensor| (a - b).abs().mean(Kind::Float).double_value(&[]) * 255.0;

@@ -66,7 +66,7 @@ fn case(name: &str) {
     let mut noise = Noise::seeded(case["seed"].as_u64().unwrap());
     let start = model.noise(prompts.len() as i64, size, &mut noise).unwrap();
     comparison.close("start", &start, expected.get("start"), 1e-5);
-    let mut run = GuidedSampler::new(model.extractor(size).unwrap(), ddim, guidance, references, start).with_noise(noise);
+    let mut run = GuidedSampler::new(model.extractor(size).unwrap(), ddim, guidance, references, start, noise);
     run.loss = run.loss.plus(number("content_weight"), ContentLoss);
     run.iterations = number("iterations") as usize;
     run.adain = case["adain"].as_bool().unwrap();
