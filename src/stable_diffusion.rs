@@ -33,7 +33,7 @@ pub use controlnet::{ControlNet, Residuals};
 pub use schedule::scheduler_config;
 pub use tokenizer::ClipTokenizer;
 pub use unet::UNet;
-pub use vae::AutoencoderKl;
+pub use vae::{AutoencoderKl, Tiles, Tiling};
 
 use crate::denoiser::plain_gradient;
 use crate::scalar::WithNumber;
@@ -64,6 +64,7 @@ pub struct StableDiffusion {
     kind: Kind,
     controlnets: Vec<ControlNet>,
     checkpointing: bool,
+    tiling: Tiling,
 }
 
 impl StableDiffusion {
@@ -102,7 +103,7 @@ impl StableDiffusion {
         if let Some(layers) = layers.filter(|layers| layers.end > count) {
             return Err(bad(format!("its attention_distillation.json names layers {}..{}, its U-Net has {count}", layers.start, layers.end)));
         }
-        Ok(Self { unet, vae, text, schedule, settings, device, kind, controlnets: vec![], checkpointing: false })
+        Ok(Self { unet, vae, text, schedule, settings, device, kind, controlnets: vec![], checkpointing: false, tiling: Tiling::Auto })
     }
 
     /// The noise predictor.
@@ -174,25 +175,60 @@ impl StableDiffusion {
         Ok((fit_height, fit_width))
     }
 
+    /// When [`encode`](Self::encode) and [`decode`](Self::decode) cut pictures into tiles.
+    pub fn tiling(&self) -> Tiling {
+        self.tiling
+    }
+
+    /// Chooses when pictures are cut into tiles: by default only beyond 1536 x 1536 pixels.
+    ///
+    /// # Errors
+    /// Tiles of a size below 1 or an overlap that is not from 0 to below the size; the setting is then as it was.
+    pub fn set_tiling(&mut self, tiling: Tiling) -> Result<()> {
+        tiling.check()?;
+        self.tiling = tiling;
+        Ok(())
+    }
+
     /// Latents `(batch, channels, height / factor, width / factor)` in f32, from a picture `(batch, 3, height, width)`
-    /// with values 0 to 1.
+    /// with values 0 to 1. One picture of the batch after the other; large ones in [tiles](Self::set_tiling).
     ///
     /// # Errors
     /// Sides that are not multiples of the factor (8 in Stable Diffusion; see [`fit`](Self::fit)).
     pub fn encode(&self, picture: &Tensor) -> Result<Tensor> {
-        image::size(picture)?;
-        tch::no_grad(|| self.vae.encode(&picture.f_to_device(self.device)?.f_to_kind(Kind::Float)?.times(2.0)?.plus(-1.0)?))
+        let tiles = self.tiling.tiles(image::size(picture)?);
+        let encode = |picture: &Tensor| {
+            let pixels = picture.f_to_device(self.device)?.f_to_kind(Kind::Float)?.times(2.0)?.plus(-1.0)?;
+            match tiles {
+                Some(tiles) => self.vae.encode_tiled(&pixels, tiles),
+                None => self.vae.encode(&pixels),
+            }
+        };
+        tch::no_grad(|| one_by_one(picture, encode))
     }
 
-    /// A picture `(batch, 3, height, width)` with values 0 to 1, from latents.
+    /// A picture `(batch, 3, height, width)` with values 0 to 1, from latents. One picture of the batch after the other: that
+    /// takes the memory of one, and on a CPU less time (the bundled model, four of 256 x 256 pixels). Large ones are decoded in
+    /// [tiles](Self::set_tiling).
     ///
     /// # Errors
     /// Latents of another number of channels.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        tch::no_grad(|| {
-            let pixels = self.vae.decode(&latents.f_to_device(self.device)?)?;
+        let size = match latents.size().as_slice() {
+            &[_, _, height, width] => (height.saturating_mul(self.vae.factor()), width.saturating_mul(self.vae.factor())),
+            // The autoencoder says what is wrong.
+            _ => (1, 1),
+        };
+        let tiles = self.tiling.tiles(size);
+        let decode = |latents: &Tensor| {
+            let latents = latents.f_to_device(self.device)?;
+            let pixels = match tiles {
+                Some(tiles) => self.vae.decode_tiled(&latents, tiles)?,
+                None => self.vae.decode(&latents)?,
+            };
             pixels.over(2.0)?.plus(0.5)?.within(0.0, 1.0)
-        })
+        };
+        tch::no_grad(|| one_by_one(latents, decode))
     }
 
     /// Whether this is SDXL, or a network that is conditioned as it is.
@@ -280,6 +316,17 @@ impl StableDiffusion {
         let factor = self.vae.factor();
         let shape = [batch, self.unet.in_channels(), height / factor, width / factor];
         noise.draw(&Tensor::f_zeros(shape, (Kind::Float, self.device))?)
+    }
+}
+
+/// A network's output for each picture of a batch: its memory is that of one picture.
+fn one_by_one(batch: &Tensor, network: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    match batch.size().first() {
+        Some(&count) if count > 1 => {
+            let pictures = (0..count).map(|i| network(&batch.f_narrow(0, i, 1)?));
+            Ok(Tensor::f_cat(&pictures.collect::<Result<Vec<_>>>()?, 0)?)
+        }
+        _ => network(batch),
     }
 }
 

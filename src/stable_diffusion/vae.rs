@@ -1,5 +1,9 @@
 //! `AutoencoderKL`: pictures to latents and back, from its `config.json`.
 
+mod tiles;
+
+pub use tiles::{Tiles, Tiling};
+
 use super::config::Config;
 use super::layers::{merge_heads, split_heads, Activation, Conv2d, GroupNorm, Linear};
 use super::resnet::{Downsample, Resnet, ResnetStyle, Upsample};
@@ -9,6 +13,7 @@ use crate::{Error, Qkv, Result};
 use serde_json::json;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
+use tiles::Extent;
 
 /// The autoencoder. Pixels are `(batch, 3, height, width)` in -1 to 1, latents are scaled as the U-Net knows them.
 #[derive(Debug)]
@@ -91,17 +96,7 @@ impl AutoencoderKl {
     /// # Errors
     /// [`Error::Shape`] unless both sides are multiples of [`factor`](Self::factor).
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
-        let factor = self.factor();
-        match pixels.size().as_slice() {
-            &[batch, c, h, w] if batch > 0 && c == self.pixel_channels && h > 0 && w > 0 && h % factor == 0 && w % factor == 0 => {}
-            other => {
-                return Err(Error::shape(
-                    "picture",
-                    format!("(batch, {}, height, width), sides multiples of {factor}", self.pixel_channels),
-                    other.to_vec(),
-                ))
-            }
-        }
+        self.check_pixels(pixels)?;
         let mut moments = self.encoder.forward(&pixels.f_to_kind(self.kind)?)?;
         if let Some(quant) = &self.quant {
             moments = quant.forward(&moments)?;
@@ -115,15 +110,32 @@ impl AutoencoderKl {
     /// # Errors
     /// [`Error::Shape`] for another number of channels.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        match latents.size().as_slice() {
-            &[batch, c, h, w] if batch > 0 && c == self.latent_channels && h > 0 && w > 0 => {}
-            other => return Err(Error::shape("latents", format!("(batch, {}, height, width)", self.latent_channels), other.to_vec())),
-        }
+        self.check_latents(latents)?;
         let mut x = latents.over(self.scaling_factor)?.plus(self.shift_factor)?.f_to_kind(self.kind)?;
         if let Some(post_quant) = &self.post_quant {
             x = post_quant.forward(&x)?;
         }
         Ok(self.decoder.forward(&x)?.f_to_kind(Kind::Float)?)
+    }
+
+    fn check_pixels(&self, pixels: &Tensor) -> Result<Extent> {
+        let factor = self.factor();
+        match pixels.size().as_slice() {
+            &[batch, c, h, w] if batch > 0 && c == self.pixel_channels && h > 0 && w > 0 && h % factor == 0 && w % factor == 0 => {
+                Ok(Extent { batch, height: h / factor, width: w / factor })
+            }
+            other => {
+                let expected = format!("(batch, {}, height, width), sides multiples of {factor}", self.pixel_channels);
+                Err(Error::shape("picture", expected, other.to_vec()))
+            }
+        }
+    }
+
+    fn check_latents(&self, latents: &Tensor) -> Result<Extent> {
+        match latents.size().as_slice() {
+            &[batch, c, height, width] if batch > 0 && c == self.latent_channels && height > 0 && width > 0 => Ok(Extent { batch, height, width }),
+            other => Err(Error::shape("latents", format!("(batch, {}, height, width)", self.latent_channels), other.to_vec())),
+        }
     }
 }
 
