@@ -123,10 +123,11 @@ class Network:
         return found
 
 
-def ad_loss(picture, styles, sharpness=1.0):
+def ad_loss(picture, styles, sharpness=1.0, mask=None):
     """How far each layer's output is from what it would be, were the picture made of the styles.
 
-    Every token of the picture attends to the tokens of all styles.
+    Every token of the picture attends to the tokens of all styles, unless `mask` has something to say: it is given the
+    number of the picture's tokens and a list of the styles', and makes an attention mask (see `textures.py`).
     """
     total = 0.0
     for index, layer in enumerate(picture):
@@ -136,7 +137,8 @@ def ad_loss(picture, styles, sharpness=1.0):
                 torch.cat([getattr(style[index], part).expand(batch, -1, -1, -1) for style in styles], dim=2)
                 for part in ("key", "value")
             )
-            ideal = F.scaled_dot_product_attention(sharpness * layer.query, key, value)
+            seen = mask and mask(layer.query.shape[2], [style[index].key.shape[2] for style in styles])
+            ideal = F.scaled_dot_product_attention(sharpness * layer.query, key, value, attn_mask=seen)
         total = total + (layer.output - ideal).abs().mean()
     return total
 
@@ -217,7 +219,16 @@ class Run:
 
 
 def optimise(
-    model, start, styles, content=None, content_weight=0.0, steps=100, iterations=1, learning_rate=0.05, progress=None
+    model,
+    start,
+    styles,
+    content=None,
+    content_weight=0.0,
+    steps=100,
+    iterations=1,
+    learning_rate=0.05,
+    mask=None,
+    progress=None,
 ):
     """Moves `start` towards the styles, one timestep after the other; all arguments are latents."""
     latents = start.detach().clone().requires_grad_(True)
@@ -230,7 +241,7 @@ def optimise(
             content_features = model.features(content, timestep) if content_weight else None
         for _ in range(iterations):
             picture = model.features(latents, timestep)
-            loss = ad_loss(picture, style_features)
+            loss = ad_loss(picture, style_features, mask=mask)
             if content_weight:
                 loss = loss + content_weight * content_loss(picture, content_features)
             optimizer.zero_grad()

@@ -141,13 +141,22 @@ def sample(
     seed=0,
     size=(512, 512),
     control=None,
+    mask=None,
+    edited=None,
+    strength=1.0,
 ):
-    """One picture for each prompt. `styles` and `content` are latents, `size` is (width, height) in pixels."""
+    """One picture for each prompt. `styles` and `content` are latents, `size` is (width, height) in pixels.
+
+    With `edited`, latents too, the first noise does not stand alone but is put on these, as much as belongs to the
+    timestep that the last `strength` of the steps begin with, and only these steps are taken (SDEdit). `mask` goes to
+    `ad_loss`.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
-    width, height = size
-    factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
-    shape = (len(prompts), model.network.unet.config.in_channels, height // factor, width // factor)
-    latents = torch.randn(shape, generator=generator)
+    timesteps, first = model.timesteps(steps), 0
+    latents = torch.randn(latent_shape(model, len(prompts), size), generator=generator)
+    if edited is not None:
+        first = int(steps * (1 - strength))
+        latents = model.scheduler.add_noise(edited.expand_as(latents), latents, torch.tensor([timesteps[first]]))
     run = Sampled(latents)
 
     condition = positive = model.encode_prompts(prompts, size)
@@ -156,24 +165,34 @@ def sample(
     # The looks at styles, content and picture are without words: always the encoded empty text, never zeros.
     model.null = model.encode_prompts([""], size)
 
-    for step, timestep in enumerate(model.timesteps(steps)):
+    for step, timestep in list(enumerate(timesteps))[first:]:
         active = control if control and control.is_active(step, steps) else None
         prediction = predict(model, latents, timestep, condition, guidance, active)
         latents = model.scheduler.step(prediction, timestep, latents, eta=0.0).prev_sample
         loss = float("nan")
         if timestep < start_time and iterations > 0:
-            # What the DDIM step arrived at.
-            timestep = max(timestep - model.scheduler.config.num_train_timesteps // steps, 0)
+            timestep = arrival(model, timestep, steps)
             if adain:
                 latents = with_statistics(latents, [noised(model, style, timestep, generator) for style in styles])
             references = [noised(model, style, timestep, generator) for style in styles]
             noised_content = None if content is None else noised(model, content, timestep, generator)
             latents, loss = descend(
-                model, latents, timestep, references, noised_content, content_weight, iterations, learning_rate
+                model, latents, timestep, references, noised_content, content_weight, iterations, learning_rate, mask
             )
         run.losses.append(loss)
     run.latents, run.picture = latents, model.decode(latents)
     return run
+
+
+def latent_shape(model, count, size):
+    width, height = size
+    factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
+    return (count, model.network.unet.config.in_channels, height // factor, width // factor)
+
+
+def arrival(model, timestep, steps):
+    """What the DDIM step of a timestep arrives at."""
+    return max(timestep - model.scheduler.config.num_train_timesteps // steps, 0)
 
 
 @torch.no_grad()
@@ -204,7 +223,7 @@ def with_statistics(latents, styles):
     return (latents - mean) / (std + 1e-6) * target_std + target_mean
 
 
-def descend(model, latents, timestep, styles, content, content_weight, iterations, learning_rate):
+def descend(model, latents, timestep, styles, content, content_weight, iterations, learning_rate, mask=None):
     """Moves the latents towards the references, with an Adam that remembers nothing of other timesteps."""
     with torch.no_grad():
         style_features = [model.features(style, timestep) for style in styles]
@@ -214,7 +233,7 @@ def descend(model, latents, timestep, styles, content, content_weight, iteration
     for _ in range(iterations):
         # The latents as they are: at this timestep, noise is part of them.
         picture = model.features(latents, timestep)
-        loss = ad_loss(picture, style_features)
+        loss = ad_loss(picture, style_features, mask=mask)
         if content is not None:
             loss = loss + content_weight * content_loss(picture, content_features)
         optimizer.zero_grad()
