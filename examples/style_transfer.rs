@@ -49,12 +49,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
 
     let model = common::open(shared)?;
     let settings = shared.over(model.settings(task)?)?;
-    // The content's own size, unless a flag says otherwise.
-    let natural = match (&content, shared.size) {
-        (Some(content), None) => Some(image::size(content)?),
-        _ => settings.size,
-    };
-    let size = model.fit(natural.unwrap_or((512, 512)))?;
+    let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let content = content.map(|picture| image::resize(&picture, size)).transpose()?;
     let styles = common::scaled_to_area(&model, &styles, size)?;
     let references = common::references(&model, &styles, content.as_ref())?;

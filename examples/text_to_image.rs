@@ -4,7 +4,7 @@
 
 mod common;
 
-use attention_distillation::{image, tch::Tensor, GuidedSampler, Noise, Result, Scheduler, Settings};
+use attention_distillation::{image, tch::Device, tch::Tensor, GuidedSampler, Noise, Result, Scheduler, Settings};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
 
@@ -25,9 +25,10 @@ struct Flags {
     /// Leave the latents' statistics as they are instead of giving them the styles'
     #[arg(long)]
     no_adain: bool,
-    /// Pictures made at once; each such batch begins with the seed of its first picture, --seed plus its number
-    #[arg(long, value_name = "N", default_value = "4")]
-    batch: std::num::NonZeroUsize,
+    /// Pictures made at once, default 4, or 1 with SDXL; each such batch begins with the seed of its first picture, --seed plus
+    /// its number
+    #[arg(long, value_name = "N")]
+    batch: Option<std::num::NonZeroUsize>,
     #[command(flatten)]
     control: common::ControlFlags,
     #[command(flatten)]
@@ -52,14 +53,15 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let mut model = common::open(shared)?;
     let task = if model.is_xl() { Settings::text_to_image_xl() } else { Settings::text_to_image() };
     let settings = flags.over(model.settings(task)?)?;
-    let size = model.fit(settings.size.unwrap_or((512, 512)))?;
+    let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let ddim = model.ddim(settings.steps)?;
     let control = control.map(|picture| flags.control.open(&mut model, picture, size, ddim.timesteps())).transpose()?;
 
     // All prompts first: then the text encoders can go.
-    let batches = prompts.chunks(flags.batch.get()).map(|batch| {
+    let at_once = flags.batch.map_or(if model.is_xl() { 1 } else { 4 }, std::num::NonZeroUsize::get);
+    let batches = prompts.chunks(at_once).map(|batch| {
         let guidance = model.guidance(batch, flags.prompts.negative.as_deref(), settings.guidance, size)?;
-        Ok((batch.len(), control.iter().fold(guidance, |guidance, (_, control)| common::steer(guidance, control))))
+        Ok((batch.len(), control.iter().fold(guidance, |guidance, (_, control)| guidance.with_control(control))))
     });
     let batches = batches.collect::<Result<Vec<_>>>()?;
     model.drop_text_encoders()?;
@@ -67,25 +69,30 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let content = content.map(|picture| image::resize(&picture, size)).transpose()?;
     let styles = common::scaled_to_area(&model, &styles, size)?;
     let references = common::references(&model, &styles, content.as_ref())?;
+    // Kept for the sheet only, and not on the GPU.
     let mut results: Vec<Tensor> = vec![];
+    let mut done = 0;
     for (count, guidance) in batches {
-        let mut noise = Noise::seeded(shared.seed.wrapping_add(results.len() as u64));
+        let mut noise = Noise::seeded(shared.seed.wrapping_add(done as u64));
         let start = model.noise(count as i64, size, &mut noise)?;
         let mut extractor = model.extractor(size)?;
         extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
-        let references = references.try_map(|latents| Ok(latents.shallow_clone()))?;
+        let references = references.shallow_clone();
         let run = GuidedSampler::new(extractor, ddim.clone(), guidance, references, start, noise);
-        let own: Vec<_> = files.iter().skip(results.len()).take(count).cloned().collect();
+        let own: Vec<_> = files.iter().skip(done).take(count).cloned().collect();
         let (pictures, go_on) = common::follow(&mut run.with_settings(&settings)?, &model, shared, &own)?;
         common::save(&pictures, &own)?;
-        results.extend((0..count as i64).map(|i| pictures.f_narrow(0, i, 1)).collect::<std::result::Result<Vec<_>, _>>()?);
+        done += count;
+        if shared.sheet.is_some() {
+            results.push(pictures.f_to_device(Device::Cpu)?);
+        }
         if !go_on {
             break;
         }
     }
     let inputs = content.iter().chain(control.iter().map(|(picture, _)| picture)).chain(&styles);
     common::sheet(shared, &inputs.collect::<Vec<_>>(), &results)?;
-    Ok(files.into_iter().take(results.len()).collect())
+    Ok(files.into_iter().take(done).collect())
 }
 
 impl Flags {

@@ -1,7 +1,7 @@
 //! A run's state as a file.
 
 use crate::optimizer::{copy, copy_state, OptimizerState};
-use crate::{tensor_file, Error, Result};
+use crate::{tensor_file, Error, Procedure, Result};
 use std::path::Path;
 use tch::{Kind, Tensor};
 
@@ -9,6 +9,8 @@ use tch::{Kind, Tensor};
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Checkpoint {
+    /// Of which procedure's run.
+    pub procedure: Procedure,
     /// Steps done.
     pub step: usize,
     /// Steps in all.
@@ -24,13 +26,16 @@ pub struct Checkpoint {
 /// Before the names of the optimizer's tensors in the file.
 const OPTIMIZER: &str = "optimizer.";
 
+/// 1 there in a run by sampling.
+const SAMPLING: &str = "sampling";
+
 /// The name of the noise's state there.
 const NOISE: &str = "noise";
 
 impl Checkpoint {
     /// Of copies.
-    pub(crate) fn new(step: usize, steps: usize, latents: &Tensor, optimizer: &[(String, Tensor)]) -> Result<Self> {
-        Ok(Self { step, steps, latents: copy(latents)?, optimizer: copy_state(optimizer)?, noise: None })
+    pub(crate) fn new(procedure: Procedure, step: usize, steps: usize, latents: &Tensor, optimizer: &[(String, Tensor)]) -> Result<Self> {
+        Ok(Self { procedure, step, steps, latents: copy(latents)?, optimizer: copy_state(optimizer)?, noise: None })
     }
 
     pub(crate) fn with_noise(mut self, noise: Option<Tensor>) -> Self {
@@ -41,8 +46,11 @@ impl Checkpoint {
     /// A copy of the latents for a run of so many steps that now stands at `current`.
     ///
     /// # Errors
-    /// A checkpoint of another number of steps, of latents of another shape, or that are not finite.
-    pub(crate) fn latents_for(&self, steps: usize, current: &Tensor) -> Result<Tensor> {
+    /// A checkpoint of the other procedure, of another number of steps, of latents of another shape, or that are not finite.
+    pub(crate) fn latents_for(&self, procedure: Procedure, steps: usize, current: &Tensor) -> Result<Tensor> {
+        if self.procedure != procedure {
+            return Err(Error::argument("checkpoint", format!("is of a run by {:?}, this one is by {procedure:?}", self.procedure)));
+        }
         if self.steps != steps || self.step > self.steps {
             return Err(Error::argument("checkpoint", format!("is at step {} of {}, this run has {steps} steps", self.step, self.steps)));
         }
@@ -66,6 +74,7 @@ impl Checkpoint {
             ("latents".to_owned(), self.latents.shallow_clone()),
             ("step".to_owned(), count(self.step)?),
             ("steps".to_owned(), count(self.steps)?),
+            (SAMPLING.to_owned(), count(usize::from(self.procedure == Procedure::Sampling))?),
         ];
         tensors.extend(self.noise.iter().map(|state| (NOISE.to_owned(), state.shallow_clone())));
         tensors.extend(self.optimizer.iter().map(|(name, tensor)| (format!("{OPTIMIZER}{name}"), tensor.shallow_clone())));
@@ -78,12 +87,13 @@ impl Checkpoint {
     /// [`Error::Io`], or [`Error::Weights`] if the file is damaged or something else.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let (mut latents, mut step, mut steps, mut noise, mut optimizer) = (None, None, None, None, vec![]);
+        let (mut latents, mut step, mut steps, mut procedure, mut noise, mut optimizer) = (None, None, None, Procedure::Optimisation, None, vec![]);
         for (name, tensor) in tensor_file::read(path)? {
             match name.as_str() {
                 "latents" => latents = Some(tensor),
                 "step" => step = count(&tensor),
                 "steps" => steps = count(&tensor),
+                SAMPLING if count(&tensor) == Some(1) => procedure = Procedure::Sampling,
                 NOISE => noise = Some(tensor),
                 other => {
                     if let Some(name) = other.strip_prefix(OPTIMIZER) {
@@ -93,7 +103,7 @@ impl Checkpoint {
             }
         }
         match (latents, step, steps) {
-            (Some(latents), Some(step), Some(steps)) => Ok(Self { step, steps, latents, optimizer, noise }),
+            (Some(latents), Some(step), Some(steps)) => Ok(Self { procedure, step, steps, latents, optimizer, noise }),
             _ => Err(Error::Weights { file: path.to_owned(), reason: "is not a run's checkpoint: it lacks `latents`, `step` or `steps`".into() }),
         }
     }

@@ -3,7 +3,9 @@
 use crate::optimizer::{copy, copy_state, state_on};
 use crate::soundness::Soundness;
 use crate::Settings;
-use crate::{AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Optimizer, Progress, References, Result, TotalLoss};
+use crate::{
+    AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Optimizer, Procedure, Progress, References, Result, TotalLoss,
+};
 use tch::{Kind, Tensor};
 
 /// Latents optimised along the timesteps: at each, the features of the (clean) references are taken once, then
@@ -173,7 +175,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// As [`check`](Self::check): what is saved is sound.
     pub fn checkpoint(&mut self) -> Result<Checkpoint> {
         self.check()?;
-        Checkpoint::new(self.step, self.timesteps.len(), &self.latents, &self.optimizer.state()?)
+        Checkpoint::new(Procedure::Optimisation, self.step, self.timesteps.len(), &self.latents, &self.optimizer.state()?)
     }
 
     /// Goes on from a checkpoint of a run with the same settings, to the same picture.
@@ -182,7 +184,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// A checkpoint of another number of steps, of latents of another shape or that are not finite, or with a state that
     /// this run's optimizer cannot take; the run is then as it was.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let latents = checkpoint.latents_for(self.timesteps.len(), &self.latents)?;
+        let latents = checkpoint.latents_for(Procedure::Optimisation, self.timesteps.len(), &self.latents)?;
         self.optimizer.load_state(state_on(&checkpoint.optimizer, self.latents.device())?)?;
         (self.latents, self.step, self.soundness) = (latents, checkpoint.step, Soundness::default());
         Ok(())

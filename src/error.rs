@@ -105,7 +105,8 @@ pub enum Error {
         network: usize,
     },
 
-    /// The loss or the latents became infinite or NaN. [`Distiller`](crate::Distiller) says what state the run is in then.
+    /// The loss or the latents became infinite or NaN. [`Distiller`](crate::Distiller) and
+    /// [`GuidedSampler`](crate::GuidedSampler) say what state the run is in then.
     #[error("the {what} became infinite or NaN in step {step} (timestep {timestep}); try a lower learning rate, or f32 or bf16 instead of f16")]
     NotFinite {
         /// `loss` or `latents`.

@@ -4,8 +4,8 @@ use crate::adain::adain;
 use crate::optimizer::copy;
 use crate::soundness::Soundness;
 use crate::{
-    AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Guidance, Noise, Optimizer, Progress, References, Result, Scheduler,
-    Settings, TotalLoss,
+    AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Guidance, Noise, Optimizer, Procedure, Progress, References, Result,
+    Scheduler, Settings, TotalLoss,
 };
 use tch::{Kind, Tensor};
 
@@ -211,20 +211,18 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
     /// As [`check`](Self::check): what is saved is sound.
     pub fn checkpoint(&mut self) -> Result<Checkpoint> {
         self.check()?;
-        let checkpoint = Checkpoint::new(self.step, self.scheduler.timesteps().len(), &self.latents, &[])?;
+        let checkpoint = Checkpoint::new(Procedure::Sampling, self.step, self.scheduler.timesteps().len(), &self.latents, &[])?;
         Ok(checkpoint.with_noise(self.noise.state()?))
     }
 
     /// Goes on from a checkpoint of a run with the same settings, to the same picture.
     ///
     /// # Errors
-    /// A checkpoint of another number of steps, of latents of another shape or that are not finite, or with a noise
-    /// state that is none; the run is then as it was.
+    /// A checkpoint of the other procedure, of another number of steps, of latents of another shape or that are not finite,
+    /// or of a run with another kind of [`Noise`]; the run is then as it was.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let latents = checkpoint.latents_for(self.scheduler.timesteps().len(), &self.latents)?;
-        if let Some(state) = &checkpoint.noise {
-            self.noise.load_state(state)?;
-        }
+        let latents = checkpoint.latents_for(Procedure::Sampling, self.scheduler.timesteps().len(), &self.latents)?;
+        self.noise.load_state(checkpoint.noise.as_ref())?;
         (self.latents, self.step, self.soundness) = (latents, checkpoint.step, Soundness::default());
         Ok(())
     }

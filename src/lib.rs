@@ -133,7 +133,7 @@ pub use optimizer::{Adam, AdamConfig, GradientDescent, Optimizer, OptimizerState
 pub use progress::Progress;
 pub use reference::{References, Style};
 pub use scheduler::{BetaSchedule, Ddim, DdimConfig, Prediction, Scheduler, Spacing};
-pub use settings::{Procedure, Settings};
+pub use settings::{Procedure, Settings, Task};
 #[cfg(feature = "stable-diffusion")]
 pub use stable_diffusion::StableDiffusion;
 

@@ -13,8 +13,16 @@ use tch::{Kind, Tensor};
 pub struct Noise(Source);
 
 enum Source {
-    Seeded { generator: Box<Generator>, mark: Box<Generator> },
-    Custom { draw: Draw, given: VecDeque<Tensor>, again: VecDeque<Tensor> },
+    Seeded {
+        generator: Box<Generator>,
+        mark: Box<Generator>,
+    },
+    /// With the draws since a mark, where there is one, and those that are to be given once more.
+    Custom {
+        draw: Draw,
+        given: Option<VecDeque<Tensor>>,
+        again: VecDeque<Tensor>,
+    },
 }
 
 type Draw = Box<dyn FnMut(&Tensor) -> Result<Tensor> + Send>;
@@ -38,7 +46,7 @@ impl Noise {
     /// From a source of one's own, which is given a tensor of the wanted shape and device. A checkpoint cannot keep its
     /// state.
     pub fn from_fn(draw: impl FnMut(&Tensor) -> Result<Tensor> + Send + 'static) -> Self {
-        Self(Source::Custom { draw: Box::new(draw), given: VecDeque::new(), again: VecDeque::new() })
+        Self(Source::Custom { draw: Box::new(draw), given: None, again: VecDeque::new() })
     }
 
     /// The next draw, in f32, in the shape and on the device of `like`.
@@ -54,7 +62,7 @@ impl Noise {
                     Some(drawn) => drawn,
                     None => draw(like)?,
                 };
-                given.push_back(drawn.shallow_clone());
+                given.iter_mut().for_each(|given| given.push_back(drawn.shallow_clone()));
                 drawn
             }
         };
@@ -75,12 +83,20 @@ impl Noise {
         }
     }
 
-    /// Goes on from a state of [`state`](Self::state), as a seeded source.
+    /// Goes on from what [`state`](Self::state) gave, for a source of the same kind: one of one's own has none to go on from.
     ///
     /// # Errors
-    /// A tensor that is no such state; the source is then as it was.
-    pub fn load_state(&mut self, state: &Tensor) -> Result<()> {
+    /// A state of the other kind, or a tensor that is none; the source is then as it was.
+    pub fn load_state(&mut self, state: Option<&Tensor>) -> Result<()> {
         let bad = || Error::argument("noise state", "is none of a seeded generator");
+        let state = match (&self.0, state) {
+            (Source::Seeded { .. }, Some(state)) => state,
+            (Source::Custom { .. }, None) => return Ok(()),
+            (Source::Seeded { .. }, None) => {
+                return Err(Error::argument("noise state", "is missing: it was saved with a source of one's own; bring that"))
+            }
+            (Source::Custom { .. }, Some(_)) => return Err(Error::argument("noise state", "is a seeded generator's, and this source is another")),
+        };
         if state.f_kind()? != Kind::Int64 || state.dim() != 1 {
             return Err(bad());
         }
@@ -93,7 +109,14 @@ impl Noise {
     pub(crate) fn mark(&mut self) {
         match &mut self.0 {
             Source::Seeded { generator, mark } => mark.clone_from(generator),
-            Source::Custom { given, .. } => given.clear(),
+            Source::Custom { given, .. } => *given = Some(VecDeque::new()),
+        }
+    }
+
+    /// What was drawn since the mark need not be given again.
+    pub(crate) fn unmark(&mut self) {
+        if let Source::Custom { given, .. } = &mut self.0 {
+            *given = None;
         }
     }
 
@@ -102,8 +125,9 @@ impl Noise {
         match &mut self.0 {
             Source::Seeded { generator, mark } => generator.clone_from(mark),
             Source::Custom { given, again, .. } => {
-                given.append(again);
-                std::mem::swap(given, again);
+                let mut first = given.take().unwrap_or_default();
+                first.append(again);
+                *again = first;
             }
         }
     }
@@ -282,12 +306,12 @@ mod tests {
         assert_eq!(state.size(), [627]);
         let ahead = [noise.draw(&blank(&[1]))?, noise.draw(&blank(&[20]))?];
         let mut other = Noise::seeded(0);
-        other.load_state(&state)?;
+        other.load_state(Some(&state))?;
         for expected in ahead {
             assert!(other.draw(&expected)?.equal(&expected));
         }
         for bad in [blank(&[627]), state.narrow(0, 0, 626), -state.shallow_clone() - 1, state.view([3, 209])] {
-            assert!(matches!(other.load_state(&bad), Err(Error::Argument { .. })), "{bad:?}");
+            assert!(matches!(other.load_state(Some(&bad)), Err(Error::Argument { .. })), "{bad:?}");
         }
         Ok(())
     }
@@ -322,6 +346,8 @@ mod tests {
         tch::set_num_threads(1);
         let mut noise = Noise::from_fn(|_| Ok(blank(&[3])));
         assert!(matches!(noise.draw(&blank(&[2])), Err(Error::Shape { .. })));
-        assert!(noise.state().unwrap().is_none());
+        assert!(noise.state().unwrap().is_none() && noise.load_state(None).is_ok());
+        assert!(noise.load_state(Noise::seeded(0).state().unwrap().as_ref()).is_err());
+        assert!(Noise::seeded(0).load_state(None).is_err());
     }
 }

@@ -64,6 +64,17 @@ impl<T> References<T> {
     }
 }
 
+impl References<Tensor> {
+    /// A second handle on the same tensors.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            styles: self.styles.iter().map(|style| Style { of: style.of.shallow_clone() }).collect(),
+            content: self.content.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+}
+
 impl References<Features> {
     /// A second handle on the same tensors.
     #[must_use]

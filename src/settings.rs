@@ -12,13 +12,50 @@ pub enum Procedure {
     Sampling,
 }
 
+/// What is to be made. A model folder may have settings of its own for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Task {
+    /// [`Settings::style_transfer`].
+    StyleTransfer,
+    /// [`Settings::style_transfer_by_sampling`].
+    StyleTransferBySampling,
+    /// [`Settings::texture_synthesis`].
+    TextureSynthesis,
+    /// [`Settings::text_to_image`] and [`Settings::text_to_image_xl`].
+    TextToImage,
+}
+
+impl Task {
+    /// All of them.
+    pub const ALL: &'static [Self] = &[Self::StyleTransfer, Self::StyleTransferBySampling, Self::TextureSynthesis, Self::TextToImage];
+
+    /// By optimisation or by sampling.
+    pub fn procedure(self) -> Procedure {
+        match self {
+            Self::StyleTransfer | Self::TextureSynthesis => Procedure::Optimisation,
+            Self::StyleTransferBySampling | Self::TextToImage => Procedure::Sampling,
+        }
+    }
+
+    /// Its name in a model folder's `attention_distillation.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::StyleTransfer => "style_transfer",
+            Self::StyleTransferBySampling => "style_transfer_by_sampling",
+            Self::TextureSynthesis => "texture_synthesis",
+            Self::TextToImage => "text_to_image",
+        }
+    }
+}
+
 /// How a task is run. `Settings::style_transfer()` and its like are the authors' for Stable Diffusion; a model folder's
 /// `attention_distillation.json` may overrule them.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Settings {
-    /// By optimisation or by sampling.
-    pub procedure: Procedure,
+    /// Which one.
+    pub task: Task,
     /// Self-attention layers in execution order from 0; none means the network's last six.
     pub layers: Option<Range<usize>>,
     /// `(height, width)` in pixels, where no picture says otherwise; none means the model's training size.
@@ -41,7 +78,7 @@ impl Settings {
     /// Style and appearance transfer by optimisation.
     pub fn style_transfer() -> Self {
         Self {
-            procedure: Procedure::Optimisation,
+            task: Task::StyleTransfer,
             layers: None,
             size: None,
             steps: 200,
@@ -55,17 +92,17 @@ impl Settings {
 
     /// Style transfer by sampling: from noise, held to the content by the content loss alone.
     pub fn style_transfer_by_sampling() -> Self {
-        Self { procedure: Procedure::Sampling, steps: 50, iterations: 3, ..Self::style_transfer() }
+        Self { task: Task::StyleTransferBySampling, steps: 50, iterations: 3, ..Self::style_transfer() }
     }
 
     /// Texture synthesis by optimisation, from noise.
     pub fn texture_synthesis() -> Self {
-        Self { steps: 300, content_weight: 0.0, ..Self::style_transfer() }
+        Self { task: Task::TextureSynthesis, steps: 300, content_weight: 0.0, ..Self::style_transfer() }
     }
 
     /// Text-to-image in a style, with Stable Diffusion 1 and 2.
     pub fn text_to_image() -> Self {
-        Self { learning_rate: 0.015, guidance: 7.5, adain: true, ..Self::style_transfer_by_sampling() }
+        Self { task: Task::TextToImage, learning_rate: 0.015, guidance: 7.5, adain: true, ..Self::style_transfer_by_sampling() }
     }
 
     /// Text-to-image in a style, with SDXL.
@@ -86,7 +123,7 @@ impl Settings {
         if let Some(size) = self.size {
             crate::image::check_size(size)?;
         }
-        let least = usize::from(self.procedure == Procedure::Optimisation);
+        let least = usize::from(self.task.procedure() == Procedure::Optimisation);
         for (name, count, least) in [("steps", self.steps, 1), ("iterations", self.iterations, least)] {
             if count < least {
                 return Err(Error::argument(name, "0 would leave the picture as it is; use at least 1"));

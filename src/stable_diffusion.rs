@@ -52,6 +52,9 @@ const LAST_LAYERS: usize = 6;
 /// the bundled model, 3.7 kB per pixel from 128 to 512 px; deeper networks hold more.
 const ACTIVATIONS: i64 = 300;
 
+/// With gradient checkpointing: the layers' inputs, and one layer's own activations.
+const CHECKPOINTED: i64 = 60;
+
 /// U-Net, autoencoder, text encoders and schedule of one model.
 #[derive(Debug)]
 pub struct StableDiffusion {
@@ -85,8 +88,8 @@ impl StableDiffusion {
         let bad = |reason: String| Error::Config { path: folder.to_owned(), reason };
         let settings = FolderSettings::open(folder)?;
         let mut schedule = scheduler_config(folder.join("scheduler").join("scheduler_config.json"))?;
-        // diffusers' pipeline sets these two for every latent model, whatever the file says.
-        (schedule.steps_offset, schedule.clip_sample) = (1, None);
+        // Latents have no range to be clipped to.
+        schedule.clip_sample = None;
         let vae = AutoencoderKl::open(folder.join("vae"), device, kind)?;
         let unet = UNet::open(folder.join("unet"), device, kind)?;
         if unet.in_channels() != vae.latent_channels() {
@@ -96,6 +99,10 @@ impl StableDiffusion {
                 vae.latent_channels()
             );
             return Err(Error::Config { path: folder.to_owned(), reason });
+        }
+        if !unet.wants_pooled_text() {
+            // diffusers' StableDiffusionPipeline sets it so, whatever the file says; the one for SDXL does not.
+            schedule.steps_offset = 1;
         }
         let text = Text::open(folder, &unet, device, kind)?;
         let layers = settings.over(Settings::style_transfer())?.layers;
@@ -161,7 +168,11 @@ impl StableDiffusion {
     ///
     /// # Errors
     /// A size that is empty, absurd, or beyond this machine's memory.
-    pub fn fit(&self, (height, width): (i64, i64)) -> Result<(i64, i64)> {
+    pub fn fit(&self, size: (i64, i64)) -> Result<(i64, i64)> {
+        self.fit_batch(1, size)
+    }
+
+    fn fit_batch(&self, batch: i64, (height, width): (i64, i64)) -> Result<(i64, i64)> {
         image::check_size((height, width))?;
         let factor = self.vae.factor();
         let (fit_height, fit_width) = (height / factor * factor, width / factor * factor);
@@ -170,7 +181,9 @@ impl StableDiffusion {
         }
         let latents = (fit_height / factor).saturating_mul(fit_width / factor);
         if self.device == Device::Cpu {
-            memory::check(self.unet.activation_bytes(latents).saturating_mul(ACTIVATIONS), (fit_height, fit_width))?;
+            let activations = if self.checkpointing { CHECKPOINTED } else { ACTIVATIONS };
+            let bytes = self.unet.activation_bytes(latents.saturating_mul(batch)).saturating_mul(activations);
+            memory::check(bytes, (fit_height, fit_width))?;
         }
         Ok((fit_height, fit_width))
     }
@@ -237,35 +250,36 @@ impl StableDiffusion {
     }
 
     /// The condition of each prompt, in one batch: text, and for SDXL pooled text and the picture's size. `size`, `(height,
-    /// width)` in pixels, is that of the pictures to be made. Of a prompt that is longer than the model can take (77 tokens)
+    /// width)` in pixels, is that of the pictures to be made, cut as by [`fit`](Self::fit). Of a prompt that is longer than the model can take (77 tokens)
     /// the end is left out, with a warning through `tracing`.
     ///
     /// # Errors
     /// No prompt; a prompt other than `""` for a model that has no text encoder.
     pub fn prompts<P: AsRef<str>>(&self, prompts: &[P], size: (i64, i64)) -> Result<Condition> {
         image::check_size(size)?;
+        let factor = self.vae.factor();
+        let size = ((size.0 / factor * factor).max(factor), (size.1 / factor * factor).max(factor));
         self.text.condition(&prompts.iter().map(AsRef::as_ref).collect::<Vec<_>>(), size)
     }
 
     /// What to draw, one picture per prompt, and what to avoid in all of them, for a [`GuidedSampler`](crate::GuidedSampler).
     ///
     /// As in diffusers, no negative prompt means the empty one, but zeros with an SDXL folder whose `model_index.json` does
-    /// not say `force_zeros_for_empty_prompt: false`; `Some("")` is always encoded. Where the negative says what the prompts
-    /// say, there is nothing to be guided by, and it is left out.
+    /// not say `force_zeros_for_empty_prompt: false`; `Some("")` is always encoded. Where the negative says what all prompts
+    /// say, and both have the same controls, there is nothing to be guided by, and a step costs one pass of the network.
     ///
     /// # Errors
     /// As [`prompts`](Self::prompts); a scale that is negative, infinite or NaN.
     pub fn guidance<P: AsRef<str>>(&self, prompts: &[P], negative: Option<&str>, scale: f64, size: (i64, i64)) -> Result<Guidance<Condition>> {
-        let mut guidance = Guidance { prompt: self.prompts(prompts, size)?, negative: None, scale };
-        guidance.check()?;
+        let prompt = self.prompts(prompts, size)?;
         let zeros = negative.is_none() && self.text.zeroes_negative();
-        if scale != 1.0 && (zeros || prompts.iter().any(|prompt| prompt.as_ref() != negative.unwrap_or(""))) {
-            guidance.negative = Some(match negative {
-                Some(negative) => self.prompts(&[negative], size)?,
-                None => self.text.absent_negative(size)?,
-            });
-        }
-        Ok(guidance)
+        let same = !zeros && prompts.iter().all(|prompt| prompt.as_ref() == negative.unwrap_or(""));
+        let negative = match negative {
+            _ if same => prompt.shallow_clone(),
+            Some(negative) => self.prompts(&[negative], size)?,
+            None => self.text.absent_negative(size)?,
+        };
+        Guidance::new(prompt, negative, scale)
     }
 
     /// Frees the text encoders once all prompts are encoded: SDXL's are 1.6 GB in half precision. The null prompt, which
@@ -312,7 +326,7 @@ impl StableDiffusion {
         if batch < 1 {
             return Err(Error::argument("batch", format!("{batch} is not at least 1")));
         }
-        let (height, width) = self.fit(size)?;
+        let (height, width) = self.fit_batch(batch, size)?;
         let factor = self.vae.factor();
         let shape = [batch, self.unet.in_channels(), height / factor, width / factor];
         noise.draw(&Tensor::f_zeros(shape, (Kind::Float, self.device))?)
@@ -322,7 +336,8 @@ impl StableDiffusion {
 /// A network's output for each picture of a batch: its memory is that of one picture.
 fn one_by_one(batch: &Tensor, network: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
     match batch.size().first() {
-        Some(&count) if count > 1 => {
+        // What has other axes is for the network to refuse, whole.
+        Some(&count) if count > 1 && batch.dim() == 4 => {
             let pictures = (0..count).map(|i| network(&batch.f_narrow(0, i, 1)?));
             Ok(Tensor::f_cat(&pictures.collect::<Result<Vec<_>>>()?, 0)?)
         }

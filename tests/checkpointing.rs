@@ -145,6 +145,8 @@ fn it_serves_a_foreign_caller_too() {
     let (value, gradient) = tch::no_grad(|| {
         model.gradient(&random(1, &[1, 4, 8, 8]), 1.0, &condition, 14..16, &mut |features| {
             calls += 1;
+            // Their graph is not the network's: it was not kept.
+            assert!(features.layers().all(|layer| layer.output.is_leaf()));
             Ok(features.layers().last().unwrap().output.mean(Kind::Float))
         })
     })

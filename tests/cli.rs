@@ -208,7 +208,7 @@ fn a_folders_own_settings_hold() {
     assert!(texts(&outcome).1.contains("step 1/1"));
     assert_eq!(size(&image::load(place.path("b.png")).unwrap()), (16, 16));
     // Sampling has its own.
-    copy.write("attention_distillation.json", r#"{ "steps": 3, "size": [48, 32], "sampling": { "steps": 4, "iterations": 1 } }"#);
+    copy.write("attention_distillation.json", r#"{ "steps": 3, "size": [48, 32], "style_transfer_by_sampling": { "steps": 4, "iterations": 1 } }"#);
     let flags = ["--style", "style.png", "--output", "c.png", "--device", "cpu"];
     for (method, step) in [("optimise", "step 3/3"), ("sample", "step 4/4")] {
         let outcome = place.run_with(copy.folder(), &[&flags[..], &["--method", method]].concat());
@@ -308,8 +308,8 @@ fn models() {
     copy.restore(model_copy::VAE);
     copy.write("attention_distillation.json", r#"{ "steps": 0 }"#);
     refuse(copy.folder(), &["attention_distillation.json", "steps"]);
-    copy.write("attention_distillation.json", r#"{ "sampling": { "steps": 0 } }"#);
-    refuse(copy.folder(), &["attention_distillation.json", "sampling", "steps"]);
+    copy.write("attention_distillation.json", r#"{ "style_transfer_by_sampling": { "steps": 0 } }"#);
+    refuse(copy.folder(), &["attention_distillation.json", "style_transfer_by_sampling", "steps"]);
     copy.remove("attention_distillation.json");
     // What an interrupted copy leaves, and another model's encoder.
     fs::create_dir(copy.path("text_encoder_2")).unwrap();

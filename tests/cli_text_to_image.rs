@@ -270,7 +270,7 @@ fn sdxl() {
 fn a_folders_own_settings_hold() {
     let place = place();
     let copy = ModelCopy::new();
-    copy.write("attention_distillation.json", r#"{ "steps": 9, "size": [48, 32], "sampling": { "steps": 3, "guidance": 2, "adain": false } }"#);
+    copy.write("attention_distillation.json", r#"{ "steps": 9, "size": [48, 32], "text_to_image": { "steps": 3, "guidance": 2, "adain": false } }"#);
     let flags = ["--prompt", "a fox", "--style", "style.png"];
     let cases: [(&str, bool, &[&str]); 3] = [
         ("same", true, &["--steps", "3", "--size", "48x32", "--guidance", "2", "--no-adain"]),

@@ -107,8 +107,7 @@ fn a_guided_sampling_ends_in_the_same_picture() {
             let edges = image::canny(&content, image::CANNY_LOW, image::CANNY_HIGH).unwrap();
             let control = model.control(net, &edges, (64, 64)).unwrap();
             let mut guidance = model.guidance(&["a house by the sea"], Some("a red square"), 3.0, (64, 64)).unwrap();
-            guidance.prompt = guidance.prompt.with_control(control.shallow_clone());
-            guidance.negative = guidance.negative.map(|negative| negative.with_control(control));
+            guidance = guidance.with_control(&control);
             model.drop_text_encoders().unwrap();
             let references = References::style(model.encode(&style).unwrap()).with_content(model.encode(&content).unwrap());
             let mut noise = Noise::seeded(seed);
@@ -123,7 +122,7 @@ fn a_guided_sampling_ends_in_the_same_picture() {
         println!("{name}: {found} grey levels on average, {other} to another seed's");
         // Roundings as above, and TF32's: noise of 1e-4 on the start costs 1 grey level (SD 1.5) and 2.6 (SDXL). Another seed's
         // picture shows what another picture is.
-        assert!(found < other / 4.0, "{name}: {found} grey levels on average, {other} to another seed's picture");
+        assert!(found < 6.0 && found < other / 4.0, "{name}: {found} grey levels on average, {other} to another seed's picture");
     }
 }
 

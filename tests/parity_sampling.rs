@@ -4,10 +4,12 @@
 #![allow(clippy::disallowed_methods, clippy::unwrap_used)] // A test may panic.
 
 mod common;
+mod model_copy;
 
 use attention_distillation::stable_diffusion::{ClipTextModel, ClipTokenizer, Control, ControlNet, StableDiffusion};
 use attention_distillation::{ContentLoss, GuidedSampler, Noise, References, Style};
 use common::{fixture, relative, Comparison, Expected, ACTIVATIONS};
+use model_copy::ModelCopy;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -39,7 +41,11 @@ fn case(name: &str) {
     let size = (case["size"][1].as_i64().unwrap(), case["size"][0].as_i64().unwrap());
     let ddim = model.ddim(number("steps") as usize).unwrap();
     let control: Option<Control> = case["control"].as_object().map(|control| {
-        let folder = fixture(control["model"].as_str().unwrap());
+        let copy = ModelCopy::of(control["model"].as_str().unwrap());
+        if control.get("pooled").is_some_and(|pooled| pooled == true) {
+            copy.set("config.json", "global_pool_conditions", true.into());
+        }
+        let folder = copy.folder();
         let net = model.add_controlnet(ControlNet::open(folder, Device::Cpu, Kind::Float).unwrap()).unwrap();
         let part = |key: &str| control[key].as_f64().unwrap();
         let control = model.control(net, expected.get("control"), size).unwrap().with_strength(part("strength")).unwrap();
@@ -58,8 +64,7 @@ fn case(name: &str) {
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let mut guidance = model.guidance(&prompts, case["negative"].as_str(), number("guidance"), size).unwrap();
     if let Some(control) = control {
-        guidance.prompt = guidance.prompt.with_control(control.shallow_clone());
-        guidance.negative = guidance.negative.map(|negative| negative.with_control(control));
+        guidance = guidance.with_control(&control);
     }
     // What is encoded stays when the encoders are gone.
     model.drop_text_encoders().unwrap();
@@ -112,6 +117,8 @@ cases! {
     plain_control_sd15,
     /// For the last part of the steps.
     plain_control_sdxl,
+    /// A ControlNet that pools what it sees steers the prompt alone.
+    plain_control_pooled,
     guided_adain,
     guided_content,
     /// Of different sizes.

@@ -49,7 +49,7 @@ fn the_authors_settings_are_sound() {
     assert_eq!((transfer.layers, transfer.size), (None, None));
     assert_eq!((texture.steps, texture.iterations, texture.learning_rate, texture.content_weight), (300, 1, 0.05, 0.0));
     for settings in by_optimisation() {
-        assert_eq!((settings.procedure, settings.guidance, settings.adain), (Procedure::Optimisation, 1.0, false));
+        assert_eq!((settings.task.procedure(), settings.guidance, settings.adain), (Procedure::Optimisation, 1.0, false));
     }
 
     let [transfer, image, xl] = by_sampling();
@@ -57,7 +57,7 @@ fn the_authors_settings_are_sound() {
     assert_eq!((image.steps, image.iterations, image.learning_rate, image.content_weight), (50, 3, 0.015, 0.25));
     assert_eq!((xl.steps, xl.iterations, xl.learning_rate, xl.content_weight), (50, 2, 0.015, 0.25));
     for (settings, guidance, adain) in [(transfer, 1.0, false), (image, 7.5, true), (xl, 7.0, true)] {
-        assert_eq!((settings.procedure, settings.guidance, settings.adain), (Procedure::Sampling, guidance, adain));
+        assert_eq!((settings.task.procedure(), settings.guidance, settings.adain), (Procedure::Sampling, guidance, adain));
     }
 }
 

@@ -1,7 +1,7 @@
 //! The flags of a control picture, and what they come to.
 
-use attention_distillation::stable_diffusion::{Condition, Control, ControlNet};
-use attention_distillation::{image, tch::Tensor, Guidance, Result, StableDiffusion};
+use attention_distillation::stable_diffusion::{Control, ControlNet};
+use attention_distillation::{image, tch::Tensor, Result, StableDiffusion};
 use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
@@ -47,11 +47,4 @@ impl ControlFlags {
         let control = model.control(net, &picture, size)?.with_strength(self.strength)?.between(self.start, self.end, timesteps)?;
         Ok((picture, control))
     }
-}
-
-/// Both sides of the guidance with the control, as diffusers has it.
-pub fn steer(mut guidance: Guidance<Condition>, control: &Control) -> Guidance<Condition> {
-    guidance.prompt = guidance.prompt.with_control(control.shallow_clone());
-    guidance.negative = guidance.negative.map(|negative| negative.with_control(control.shallow_clone()));
-    guidance
 }

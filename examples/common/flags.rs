@@ -39,6 +39,9 @@ pub struct Shared {
     /// Of the networks: f32, bf16 or f16; default: bf16 on CUDA, f32 on the CPU
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,
+    /// Keep fewer activations and compute them anew: less memory, about a third slower
+    #[arg(long)]
+    pub low_memory: bool,
     /// Also write inputs and result side by side
     #[arg(long, value_name = "FILE")]
     pub sheet: Option<PathBuf>,

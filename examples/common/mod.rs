@@ -7,13 +7,13 @@ mod model;
 mod progress;
 mod prompts;
 
-pub use control::{steer, ControlFlags};
+pub use control::ControlFlags;
 pub use flags::Shared;
 pub use model::open;
 pub use progress::follow;
 pub use prompts::PromptFlags;
 
-use attention_distillation::{image, tch::Tensor, References, Result, StableDiffusion, Style};
+use attention_distillation::{image, tch::Tensor, References, Result, Settings, StableDiffusion, Style};
 use std::{path::PathBuf, process::ExitCode};
 
 /// Ends an example: the last lines on stdout are the paths that it wrote; an error is one line on stderr and status 1.
@@ -67,6 +67,14 @@ pub fn save(pictures: &Tensor, files: &[PathBuf]) -> Result<()> {
 pub fn sheet(shared: &Shared, inputs: &[&Tensor], results: &[Tensor]) -> Result<()> {
     let row: Vec<&Tensor> = inputs.iter().copied().chain(results).collect();
     shared.sheet.as_ref().map_or(Ok(()), |file| image::save(&image::sheet(&row)?, file))
+}
+
+/// The size of the output: what a flag says, else the content's own, else the model's; cut to what the network can take.
+pub fn output_size(model: &StableDiffusion, shared: &Shared, settings: &Settings, content: Option<&Tensor>) -> Result<(i64, i64)> {
+    match (content, &shared.size) {
+        (Some(content), None) => model.fit(image::size(content)?),
+        _ => model.fit(settings.size.unwrap_or((512, 512))),
+    }
 }
 
 /// Style pictures keep their aspect ratio; their area becomes the output's.

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 pub fn open(shared: &Shared) -> Result<StableDiffusion> {
     let device = shared.device()?;
     let kind = shared.kind(device)?;
-    StableDiffusion::open(folder(&shared.model, kind)?, device, kind)
+    let mut model = StableDiffusion::open(folder(&shared.model, kind)?, device, kind)?;
+    model.set_gradient_checkpointing(shared.low_memory);
+    Ok(model)
 }
 
 /// A folder as it is; a repo id is fetched.

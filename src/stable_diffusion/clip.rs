@@ -83,7 +83,7 @@ impl ClipTextModel {
             layers: (0..config.count("num_hidden_layers", 12)?).map(|i| Layer::new(&at.at("encoder.layers").at(i), shape)).collect::<Result<_>>()?,
             final_norm: LayerNorm::new(&at.at("final_layer_norm"), width, shape.epsilon)?,
             projection: None,
-            end: config.number("eos_token_id", 49407.0)? as i64,
+            end: end(config)?,
             heads,
             width,
             positions: usize::try_from(positions).unwrap_or(usize::MAX),
@@ -99,6 +99,11 @@ impl ClipTextModel {
     /// Width of the pooled text, where the encoder has a projection.
     pub fn pooled_width(&self) -> Option<i64> {
         self.projection.as_ref().map(Linear::outputs)
+    }
+
+    /// The id at which a text ends, for the pooled text; none where it is the highest.
+    pub(crate) fn end(&self) -> Option<i64> {
+        Some(self.end).filter(|end| *end != LEGACY_END)
     }
 
     /// The most tokens of a text.
@@ -141,11 +146,25 @@ impl ClipTextModel {
         let ends = if self.end == LEGACY_END {
             ids.f_argmax(-1, true)?
         } else {
+            let ends = ids.f_eq_tensor(&integer(self.end)?)?;
+            if ends.f_any_dim(-1, false)?.f_all()?.f_int64_value(&[])? == 0 {
+                return Err(Error::argument("token ids", format!("hold no {}, at which texts end for this encoder", self.end)));
+            }
             // The first of them: texts may be padded with ends.
-            ids.f_eq_tensor(&integer(self.end)?)?.f_to_kind(Kind::Int)?.f_argmax(-1, true)?
+            ends.f_to_kind(Kind::Int)?.f_argmax(-1, true)?
         };
         let rows = ends.f_unsqueeze(-1)?.f_expand([-1, -1, self.width], false)?;
         Ok(last.f_gather(1, &rows, false)?.f_squeeze_dim(1)?)
+    }
+}
+
+/// `eos_token_id`.
+fn end(config: &Config) -> Result<i64> {
+    let end = config.number("eos_token_id", 49407.0)?;
+    if end >= 0.0 && end.fract() == 0.0 && end <= f64::from(i32::MAX) {
+        Ok(end as i64)
+    } else {
+        Err(config.bad(format!("`eos_token_id` is {end}; it must be the id of the token at which texts end")))
     }
 }
 

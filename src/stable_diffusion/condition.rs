@@ -38,6 +38,20 @@ impl Condition {
         self
     }
 
+    /// Whether both are handles on the same tensors, with controls that do the same.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let same = |a: &Tensor, b: &Tensor| a.data_ptr() == b.data_ptr() && a.size() == b.size();
+        let both = |a: &Option<Tensor>, b: &Option<Tensor>| match (a, b) {
+            (Some(a), Some(b)) => same(a, b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        same(&self.text, &other.text) && both(&self.pooled, &other.pooled) && both(&self.time_ids, &other.time_ids) && self.same_controls(other)
+    }
+
+    pub(crate) fn same_controls(&self, other: &Self) -> bool {
+        self.controls.len() == other.controls.len() && self.controls.iter().zip(&other.controls).all(|(a, b)| a.same(b))
+    }
+
     /// A second handle on the same tensors.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {

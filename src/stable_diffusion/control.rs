@@ -2,7 +2,7 @@
 
 use super::controlnet::Residuals;
 use super::{Condition, ControlNet, StableDiffusion};
-use crate::{image, Error, Result};
+use crate::{image, Error, Guidance, Result};
 use std::ops::RangeInclusive;
 use tch::Tensor;
 
@@ -14,6 +14,8 @@ pub struct Control {
     net: usize,
     hint: Tensor,
     strength: f64,
+    /// Whether its ControlNet pools what it sees: it was trained to steer the prompt alone.
+    pooled: bool,
     /// From the lowest timestep to the highest.
     timesteps: RangeInclusive<f64>,
 }
@@ -106,6 +108,19 @@ pub(crate) fn check_strength(strength: f64) -> Result<()> {
     }
 }
 
+impl Guidance<Condition> {
+    /// With one control picture more, for the prompt and the negative, as diffusers' pipelines have it: both are then one
+    /// batch. That of a ControlNet that pools what it sees (shuffle) steers the prompt alone.
+    #[must_use]
+    pub fn with_control(mut self, control: &Control) -> Self {
+        self.prompt = self.prompt.with_control(control.shallow_clone());
+        if !control.pooled {
+            self.negative = self.negative.map(|negative| negative.with_control(control.shallow_clone()));
+        }
+        self
+    }
+}
+
 impl StableDiffusion {
     /// Takes a ControlNet in and returns its number, for [`control`](Self::control).
     ///
@@ -118,11 +133,7 @@ impl StableDiffusion {
     }
 
     /// What steers pictures of `(height, width)` pixels by a control picture `(1 or batch, 3, height, width)` with values 0
-    /// to 1, such as [`image::canny`] draws, through the ControlNet of this number: for [`Condition::with_control`], the
-    /// prompt's and the negative's.
-    ///
-    /// diffusers leaves the negative without a control by a ControlNet that pools what it adds (`global_pool_conditions`, as
-    /// the one called Shuffle does).
+    /// to 1, such as [`image::canny`] draws, through the ControlNet of this number: for [`Guidance::with_control`].
     ///
     /// The size is cut as by [`fit`](Self::fit). A picture of another size is scaled to it, which `tracing` reports.
     ///
@@ -140,7 +151,7 @@ impl StableDiffusion {
             );
         }
         let hint = tch::no_grad(|| network.embed(&image::resize(picture, wanted)?))?;
-        Ok(Control { net, hint, strength: 1.0, timesteps: f64::NEG_INFINITY..=f64::INFINITY })
+        Ok(Control { net, hint, strength: 1.0, pooled: network.pools(), timesteps: f64::NEG_INFINITY..=f64::INFINITY })
     }
 
     fn controlnet(&self, net: usize) -> Result<&ControlNet> {

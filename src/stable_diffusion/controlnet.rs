@@ -124,6 +124,11 @@ impl ControlNet {
         Ok(Residuals { down, mid: residual(&self.mid, &mid)? })
     }
 
+    /// Whether it adds the same everywhere: means over height and width.
+    pub(crate) fn pools(&self) -> bool {
+        self.pooled
+    }
+
     /// Whether it steers this U-Net, whose latents have a `factor`-th of a picture's sides.
     pub(crate) fn check_fits(&self, unet: &UNet, factor: i64) -> Result<()> {
         let (ours, theirs) = (&self.encoder, unet.encoder());
@@ -193,7 +198,8 @@ impl PictureEmbedding {
             return Err(config.bad(format!("`{key}` names {} widths; at most 16 are possible", widths.len())));
         }
         let (first, last) = (widths.first().copied().unwrap_or(1), widths.last().copied().unwrap_or(1));
-        let channels = config.count("conditioning_channels", 3)?;
+        config.require(&[("conditioning_channels", serde_json::json!(3))])?;
+        let channels = 3;
         let mut blocks = vec![];
         for (&from, &to) in widths.iter().zip(widths.iter().skip(1)) {
             blocks.push(Conv2d::new(&at.at("blocks").at(blocks.len()), from, from, 3)?);

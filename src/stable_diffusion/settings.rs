@@ -1,22 +1,21 @@
 //! A model folder's own settings, `attention_distillation.json`.
 
 use super::config::Config;
-use crate::{Procedure, Result, Settings};
+use crate::{Procedure, Result, Settings, Task};
 use std::path::Path;
 
-/// What holds for every task.
-const COMMON: [&str; 3] = ["layers", "size", SAMPLING];
-/// What holds for tasks by optimisation; for those by sampling it stands in an object of its own.
-const OPTIMISATION: [&str; 4] = ["steps", "iterations", "learning_rate", "content_weight"];
-/// What only sampling has.
-const SAMPLING_ONLY: [&str; 2] = ["guidance", "adain"];
-const SAMPLING: &str = "sampling";
+/// What is said once for all tasks.
+const COMMON: [&str; 2] = ["layers", "size"];
+/// What each task may have in an object of its own; for tasks by optimisation it may also stand outside, for all of them.
+const EACH: [&str; 4] = ["steps", "iterations", "learning_rate", "content_weight"];
+/// What only tasks by sampling have.
+const SAMPLING: [&str; 2] = ["guidance", "adain"];
 
 /// What a folder says; each may be absent.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct FolderSettings {
     config: Option<Config>,
-    sampling: Option<Config>,
+    tasks: Vec<(Task, Config)>,
 }
 
 impl FolderSettings {
@@ -27,14 +26,21 @@ impl FolderSettings {
             return Ok(Self::default());
         }
         let config = Config::open(&path)?;
-        let sampling = config.object(SAMPLING)?;
+        let mut tasks = vec![];
+        for &task in Task::ALL {
+            tasks.extend(config.object(task.name())?.map(|own| (task, own)));
+        }
         let warn = |key: &str| tracing::warn!(file = %path.display(), key, "a setting that this version does not know");
-        config.keys().filter(|key| !COMMON.contains(key) && !OPTIMISATION.contains(key)).for_each(warn);
-        let unknown = |key: &&str| !SAMPLING_ONLY.contains(key) && !OPTIMISATION.contains(key);
-        sampling.iter().flat_map(Config::keys).filter(unknown).for_each(|key| warn(&format!("{SAMPLING}.{key}")));
-        let settings = Self { config: Some(config), sampling };
-        settings.over(Settings::style_transfer())?;
-        settings.over(Settings::text_to_image())?;
+        let task = |key: &str| Task::ALL.iter().any(|task| task.name() == key);
+        config.keys().filter(|key| !COMMON.contains(key) && !EACH.contains(key) && !task(key)).for_each(warn);
+        for (task, own) in &tasks {
+            let sampling = task.procedure() == Procedure::Sampling;
+            let unknown = |key: &&str| !EACH.contains(key) && !(sampling && SAMPLING.contains(key));
+            own.keys().filter(unknown).for_each(|key| warn(&format!("{}.{key}", task.name())));
+        }
+        let settings = Self { config: Some(config), tasks };
+        let all = [Settings::style_transfer(), Settings::style_transfer_by_sampling(), Settings::texture_synthesis(), Settings::text_to_image()];
+        all.into_iter().try_for_each(|task| settings.over(task).map(drop))?;
         Ok(settings)
     }
 
@@ -55,27 +61,33 @@ impl FolderSettings {
                 other => return Err(config.bad(format!("`size` is {other:?}; it must be [width, height] in pixels"))),
             }
         }
-        let own = match settings.procedure {
-            Procedure::Optimisation => Some(config),
-            Procedure::Sampling => self.sampling.as_ref(),
-        };
-        let Some(own) = own else { return Ok(settings) };
-        let count = |key: &str, default: usize| -> Result<usize> {
-            match own.get(key) {
-                Some(value) if value.as_u64() == Some(0) => Ok(0),
-                Some(_) => Ok(usize::try_from(own.count(key, 1)?).unwrap_or(1)),
-                None => Ok(default),
-            }
-        };
-        settings.steps = count("steps", settings.steps)?;
-        settings.iterations = count("iterations", settings.iterations)?;
-        settings.learning_rate = own.number("learning_rate", settings.learning_rate)?;
-        settings.content_weight = own.number("content_weight", settings.content_weight)?;
-        if settings.procedure == Procedure::Sampling {
-            settings.guidance = own.number("guidance", settings.guidance)?;
-            settings.adain = own.flag("adain", settings.adain)?;
+        if settings.task.procedure() == Procedure::Optimisation {
+            over_by(config, &mut settings)?;
         }
-        settings.check().map_err(|error| own.bad(error.to_string()))?;
+        if let Some((_, own)) = self.tasks.iter().find(|(task, _)| *task == settings.task) {
+            over_by(own, &mut settings)?;
+        }
         Ok(settings)
     }
+}
+
+/// What one object says.
+fn over_by(own: &Config, settings: &mut Settings) -> Result<()> {
+    let count = |key: &str, default: usize| -> Result<usize> {
+        match own.get(key) {
+            // Whether the task allows it is checked below.
+            Some(value) if value.as_u64() == Some(0) => Ok(0),
+            Some(_) => Ok(usize::try_from(own.count(key, 1)?).unwrap_or(1)),
+            None => Ok(default),
+        }
+    };
+    settings.steps = count("steps", settings.steps)?;
+    settings.iterations = count("iterations", settings.iterations)?;
+    settings.learning_rate = own.number("learning_rate", settings.learning_rate)?;
+    settings.content_weight = own.number("content_weight", settings.content_weight)?;
+    if settings.task.procedure() == Procedure::Sampling {
+        settings.guidance = own.number("guidance", settings.guidance)?;
+        settings.adain = own.flag("adain", settings.adain)?;
+    }
+    settings.check().map_err(|error| own.bad(error.to_string()))
 }

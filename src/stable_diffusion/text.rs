@@ -90,6 +90,10 @@ impl Text {
             if first.tokenizer.length() != second.tokenizer.length() {
                 return bad(format!("its tokenizers make {} and {} ids, which must be as many", first.tokenizer.length(), second.tokenizer.length()));
             }
+            if second.model.end().is_some_and(|end| end != second.tokenizer.end()) {
+                let (end, own) = (second.model.end().unwrap_or_default(), second.tokenizer.end());
+                return bad(format!("its text_encoder_2/config.json has the `eos_token_id` {end}, its tokenizer_2 ends texts with {own}"));
+            }
             let (pooled, wanted) = (second.model.pooled_width(), unet.pooled_width());
             if pooled != wanted {
                 let pooled =

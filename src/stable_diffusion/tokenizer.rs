@@ -67,6 +67,11 @@ impl ClipTokenizer {
         self.length
     }
 
+    /// The id that ends a text.
+    pub(crate) fn end(&self) -> i64 {
+        self.end
+    }
+
     /// The ids of a prompt between begin and end, padded to [`length`](Self::length). What does not fit is left out,
     /// with a warning through `tracing`.
     ///

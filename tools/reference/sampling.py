@@ -89,8 +89,10 @@ class Control:
     """The part, of 0..1."""
 
     @classmethod
-    def open(cls, folder, picture, **settings):
+    def open(cls, folder, picture, pooled=False, **settings):
         network = ControlNetModel.from_pretrained(folder, low_cpu_mem_usage=False).float().eval().requires_grad_(False)
+        # As the one called Shuffle is: the same everywhere, and for the prompt alone.
+        network.register_to_config(global_pool_conditions=pooled or network.config.global_pool_conditions)
         return cls(network, picture, **settings)
 
     def is_active(self, step, steps):
@@ -202,6 +204,10 @@ def predict(model, latents, timestep, condition, guidance, control):
     if guided:
         latents = torch.cat([latents, latents])
     residuals = control.residuals(latents, timestep, condition) if control else (None, None)
+    if guided and control and control.network.config.global_pool_conditions:
+        down, middle = residuals
+        for part in (*down, middle):
+            part[: len(part) // 2] = 0
     prediction = model.network.predict(latents, timestep, condition, residuals)
     if not guided:
         return prediction
