@@ -63,6 +63,16 @@ impl Settings {
         Self { steps: 300, content_weight: 0.0, ..Self::style_transfer() }
     }
 
+    /// Texture synthesis by sampling, from noise.
+    pub fn texture_by_sampling() -> Self {
+        Self { content_weight: 0.0, ..Self::style_transfer_by_sampling() }
+    }
+
+    /// A texture expanded to any size, with [`Windows`](crate::Windows).
+    pub fn texture_expansion() -> Self {
+        Self { iterations: 2, ..Self::texture_by_sampling() }
+    }
+
     /// Text-to-image in a style, with Stable Diffusion 1 and 2.
     pub fn text_to_image() -> Self {
         Self { learning_rate: 0.015, guidance: 7.5, adain: true, ..Self::style_transfer_by_sampling() }

@@ -270,6 +270,32 @@ fn a_run_may_begin_at_a_later_step() {
     assert_eq!(run.step, 4);
 }
 
+/// By hand above, in one call here.
+#[test]
+fn an_edit_takes_the_last_steps_from_the_noised_picture() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let (schedule, picture) = (ddim(8), latents(11, 6, 8));
+    for (strength, step) in [(1.0, 0), (0.6, 3), (0.5, 4), (0.01, 7)] {
+        let run = sampler(&toy, 8).edited(&picture, strength).unwrap();
+        assert_eq!(run.step, step, "{strength}");
+        assert_same(&run.latents, &schedule.add_noise(&picture, &latents(5, 6, 8), schedule.timesteps()[step]).unwrap());
+    }
+    // One picture for several of the batch.
+    let mut several = sampler(&toy, 8);
+    several.latents = noise(4, &[2, 4, 6, 8]);
+    assert_eq!(several.edited(&picture, 0.5).unwrap().latents.size(), [2, 4, 6, 8]);
+    for strength in [0.0, -0.5, 1.01, 1e-20, f64::NAN, f64::INFINITY] {
+        assert!(matches!(sampler(&toy, 8).edited(&picture, strength), Err(Error::Argument { argument: "strength", .. })), "{strength}");
+    }
+    for bad in [latents(1, 8, 6), noise(1, &[2, 4, 6, 8]), noise(1, &[4, 6, 8]), noise(1, &[1, 3, 6, 8])] {
+        assert!(matches!(sampler(&toy, 8).edited(&bad, 0.5), Err(Error::Shape { name: "edited picture", .. })));
+    }
+    let mut begun = sampler(&toy, 8);
+    begun.advance().unwrap();
+    assert!(matches!(begun.edited(&picture, 0.5), Err(Error::Argument { argument: "step", .. })));
+}
+
 #[test]
 fn several_pictures_at_once_are_each_their_own() {
     tch::set_num_threads(1);
