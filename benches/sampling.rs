@@ -1,17 +1,22 @@
 //! One step of guided sampling with the bundled model at 256 px: noise prediction with classifier-free guidance, DDIM, AdaIN,
-//! reference pass, descents; without and with a ControlNet, and with gradient checkpointing. An element is a pixel.
+//! reference pass, descents; without and with a ControlNet, and with gradient checkpointing. And one step of an expansion.
+//! An element is a pixel.
 #![allow(clippy::disallowed_methods, missing_docs)]
 
 mod common;
 
 use attention_distillation::stable_diffusion::{Condition, ControlNet};
 use attention_distillation::tch::{Device, Kind, Tensor};
-use attention_distillation::{image, Guidance, GuidedSampler, Noise, References, StableDiffusion};
+use attention_distillation::{image, Guidance, GuidedSampler, Noise, References, Settings, StableDiffusion, Windows};
 use common::{device_and_kind, finished};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
 use std::{collections::BTreeSet, fs, path::Path};
 
 const SIZE: (i64, i64) = (256, 256);
+
+/// Seven windows side by side, for the expansion.
+const CANVAS: (i64, i64) = (128, 320);
+const WINDOWS: (i64, i64) = (32, 8);
 
 /// A ControlNet for the bundled model with its own first half, and random weights between picture and network: there is
 /// none that was trained.
@@ -104,9 +109,38 @@ fn guided(c: &mut Criterion) {
     group.finish();
 }
 
+/// The style's noise and features once in a step, or for each batch of views as the authors do.
+fn expansion(c: &mut Criterion) {
+    let assets = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/assets"));
+    if !assets.join("mini").is_dir() {
+        return;
+    }
+    let (device, kind) = device_and_kind();
+    let model = StableDiffusion::open(assets.join("mini"), device, kind).unwrap();
+    let style = image::resize(&image::load(assets.join("pictures/style_cafe_terrace.png")).unwrap(), (128, 128)).unwrap();
+    let style = model.encode(&style).unwrap();
+    let mut group = c.benchmark_group(format!("expansion, bundled model, {}x{} px", CANVAS.1, CANVAS.0));
+    group.throughput(Throughput::Elements((CANVAS.0 * CANVAS.1) as u64));
+    for (name, batch, per_batch) in [("views in batches of 4", 4, false), ("references per batch", 4, true), ("views one by one", 1, false)] {
+        let mut noise = Noise::seeded(0);
+        let start = model.noise(1, CANVAS, &mut noise).unwrap();
+        let (guidance, references) = (model.guidance(&[""], None, 1.0, CANVAS).unwrap(), References::style(style.shallow_clone()));
+        let run = GuidedSampler::new(model.extractor(CANVAS).unwrap(), model.ddim(50).unwrap(), guidance, references, start.shallow_clone(), noise);
+        let windows = Windows::new(WINDOWS.0, WINDOWS.1).with_batch(batch).with_reference_per_batch(per_batch);
+        let mut run = run.with_settings(&Settings::texture_expansion()).unwrap().with_windows(windows);
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                (run.step, run.latents) = (25, start.shallow_clone());
+                finished(device, || run.advance().unwrap())
+            });
+        });
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = benches;
     config = common::criterion();
-    targets = guided
+    targets = guided, expansion
 }
 criterion_main!(benches);

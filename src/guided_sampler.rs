@@ -1,13 +1,14 @@
-//! The paper's second procedure, attention distillation guided sampling: text-to-image in a style, textures by sampling.
+//! The paper's second procedure, attention distillation guided sampling: text-to-image in a style, textures by sampling, their
+//! expansion to any size.
 
-use crate::adain::adain;
-use crate::optimizer::copy;
+mod step;
+
 use crate::soundness::Soundness;
 use crate::{
     AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Guidance, Noise, Optimizer, Procedure, Progress, References, Result,
-    Scheduler, Settings, TotalLoss,
+    Scheduler, Settings, TotalLoss, Windows,
 };
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Diffusion sampling in which each step is followed by descents towards the references.
 ///
@@ -22,9 +23,16 @@ use tch::{Kind, Tensor};
 ///
 /// Like a [`Distiller`](crate::Distiller) the run is pulled, one timestep per [`advance`](Self::advance): stop calling to
 /// cancel; read or change any field between calls; begin at a later [`step`](Self::step) with latents noised to its timestep
-/// to edit a picture (SDEdit). **After an error the run stands exactly at its last finished step**, and the same call makes
+/// to edit a picture ([`edited`](Self::edited)). **After an error the run stands exactly at its last finished step**, and the same call makes
 /// the same step, with the same noise. Infinite or NaN latents are found as a `Distiller` finds them; where that is later
 /// than the step at fault (on a GPU), the noise has moved on, too.
+///
+/// With [`windows`](Self::windows) a step makes the picture view by view (MultiDiffusion): 1 to 3 are then for each batch of views, and
+/// the picture is the mean of its views. One picture is made at a time: a condition has one prompt for each of a batch, and
+/// a batch is here one of views. Styles have a batch of 1; so has a content, which is cut as the canvas is where it has
+/// that size, or else serves every view whole. What a condition says of sizes (SDXL's time ids) is the caller's:
+/// give `StableDiffusion::guidance` and `extractor` the size of the whole picture, as `tools/reference` does. A condition that
+/// belongs to places of the picture, as a ControlNet's does, cannot be cut.
 #[non_exhaustive]
 pub struct GuidedSampler<D: Denoiser, O = Adam> {
     /// The network and its layers, under the null prompt.
@@ -45,6 +53,8 @@ pub struct GuidedSampler<D: Denoiser, O = Adam> {
     pub adain: bool,
     /// Descents begin below this timestep.
     pub start_time: f64,
+    /// How to make a picture that is larger than the network was trained for; none makes it in one piece.
+    pub windows: Option<Windows>,
     /// Where noise comes from: the source that drew the first latents, after it drew them.
     pub noise: Noise,
     /// The picture so far, f32; on a new run standard normal noise, one for each picture of the batch.
@@ -65,6 +75,7 @@ impl<D: Denoiser, O: std::fmt::Debug> std::fmt::Debug for GuidedSampler<D, O> {
             .field("iterations", &self.iterations)
             .field("adain", &self.adain)
             .field("start_time", &self.start_time)
+            .field("windows", &self.windows)
             .field("loss", &self.loss)
             .field("optimizer", &self.optimizer)
             .field("noise", &self.noise)
@@ -73,7 +84,8 @@ impl<D: Denoiser, O: std::fmt::Debug> std::fmt::Debug for GuidedSampler<D, O> {
 }
 
 impl<D: Denoiser> GuidedSampler<D> {
-    /// With the AD loss alone, three iterations of Adam at each timestep, and no AdaIN. `noise` is to be the source that drew
+    /// With the AD loss alone, three iterations of Adam at each timestep, and no AdaIN; a content is of use with a content loss
+    /// only ([`with_settings`](Self::with_settings) adds one). `noise` is to be the source that drew
     /// `latents`: with the numbers of the latents once more, the references' noise would not be independent of them.
     pub fn new(
         extractor: FeatureExtractor<D>,
@@ -93,6 +105,7 @@ impl<D: Denoiser> GuidedSampler<D> {
             iterations: 3,
             adain: false,
             start_time: 999.0,
+            windows: None,
             noise,
             latents,
             step: 0,
@@ -100,8 +113,8 @@ impl<D: Denoiser> GuidedSampler<D> {
         }
     }
 
-    /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate, AdaIN, and, where there
-    /// is a content among the references, a content loss of that weight.
+    /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate, scale of the guidance,
+    /// AdaIN, and the loss: the AD loss and, where there is a content among the references, a content loss of that weight.
     ///
     /// # Errors
     /// As [`Settings::check`].
@@ -110,9 +123,43 @@ impl<D: Denoiser> GuidedSampler<D> {
         self.iterations = settings.iterations;
         self.optimizer.config.learning_rate = settings.learning_rate;
         self.adain = settings.adain;
+        self.guidance.scale = settings.guidance;
+        self.loss = TotalLoss::default().plus(1.0, AdLoss::default());
         if self.references.content.is_some() {
             self.loss = self.loss.plus(settings.content_weight, ContentLoss);
         }
+        Ok(self)
+    }
+
+    /// The same run in overlapping windows, for a picture larger than the network was trained for.
+    #[must_use]
+    pub fn with_windows(mut self, windows: Windows) -> Self {
+        self.windows = Some(windows);
+        self
+    }
+
+    /// The same run as an edit (SDEdit): of its timesteps only the last `strength` (above 0, 1 are all) are taken, from the
+    /// latents of `picture` under as much of the run's first noise as belongs there. `picture` is `(1 or batch, channels, height,
+    /// width)`; it may also be the content, whose layout the content loss keeps.
+    ///
+    /// # Errors
+    /// A strength that leaves no step or is above 1; a picture of another shape; a run that has begun.
+    pub fn edited(mut self, picture: &Tensor, strength: f64) -> Result<Self> {
+        let timesteps = self.scheduler.timesteps();
+        let first = (timesteps.len() as f64 * (1.0 - strength)) as usize;
+        let timestep = timesteps.get(first).filter(|_| strength > 0.0 && strength <= 1.0);
+        let Some(&timestep) = timestep else {
+            return Err(Error::argument("strength", format!("{strength} of {} steps are none, or more than all; use 0.6 or so", timesteps.len())));
+        };
+        if self.step != 0 {
+            return Err(Error::argument("step", format!("{} are done; edit with a new run, whose latents are noise", self.step)));
+        }
+        let (size, noise) = (picture.size(), self.latents.size());
+        if size.get(1..) != noise.get(1..) || !(size.first() == Some(&1) || size == noise) {
+            return Err(Error::shape("edited picture", format!("{noise:?}, the run's, or a batch of 1"), size));
+        }
+        self.latents = tch::no_grad(|| self.scheduler.add_noise(&picture.f_expand_as(&self.latents)?, &self.latents, timestep))?;
+        self.step = first;
         Ok(self)
     }
 }
@@ -120,17 +167,47 @@ impl<D: Denoiser> GuidedSampler<D> {
 impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
     /// The same run with another optimizer.
     pub fn with_optimizer<P: Optimizer>(self, optimizer: P) -> GuidedSampler<D, P> {
-        let Self { extractor, scheduler, guidance, references, loss, optimizer: _, iterations, adain, start_time, noise, latents, step, soundness } =
-            self;
-        GuidedSampler { extractor, scheduler, guidance, references, loss, optimizer, iterations, adain, start_time, noise, latents, step, soundness }
+        let Self {
+            extractor,
+            scheduler,
+            guidance,
+            references,
+            loss,
+            optimizer: _,
+            iterations,
+            adain,
+            start_time,
+            windows,
+            noise,
+            latents,
+            step,
+            soundness,
+        } = self;
+        GuidedSampler {
+            extractor,
+            scheduler,
+            guidance,
+            references,
+            loss,
+            optimizer,
+            iterations,
+            adain,
+            start_time,
+            windows,
+            noise,
+            latents,
+            step,
+            soundness,
+        }
     }
 
     /// The next timestep; none after the last. Costs a guided noise prediction, a forward pass per reference, and per
-    /// iteration one forward and one backward pass of the pictures.
+    /// iteration one forward and one backward pass of the pictures; with windows all this for each batch of views (styles, by
+    /// default, once). The loss is then the mean over all views.
     ///
     /// # Errors
-    /// A guidance out of range; references or latents that do not fit the network or one another;
-    /// [`Error::NotFinite`]; the denoiser's and libtorch's. The run then stands at its last finished step.
+    /// A guidance or windows out of range; references or latents that do not fit the network or one another; windows on
+    /// several pictures, or on latents other than `(1, channels, height, width)`; [`Error::NotFinite`]; the denoiser's and libtorch's. The run then stands at its last finished step.
     pub fn advance(&mut self) -> Result<Option<Progress>> {
         let Some(&timestep) = self.scheduler.timesteps().get(self.step) else { return self.check().map(|()| None) };
         self.noise.mark();
@@ -139,8 +216,15 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
                 self.step += 1;
                 let steps = self.scheduler.timesteps().len();
                 if self.step == steps {
-                    self.check()?;
+                    if let Err(error) = self.check() {
+                        if self.step + 1 == steps {
+                            // It was this very step.
+                            self.noise.rewind();
+                        }
+                        return Err(error);
+                    }
                 }
+                self.noise.unmark();
                 Ok(Some(Progress::new(self.step, steps, timestep, loss)))
             }
             Err(error) => {
@@ -148,39 +232,6 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
                 Err(error)
             }
         }
-    }
-
-    /// Replaces the latents only when all went well.
-    fn one(&mut self, timestep: f64) -> Result<Option<Tensor>> {
-        if self.start_time.is_nan() {
-            return Err(Error::argument("start time", "NaN is not a timestep"));
-        }
-        self.guidance.check()?;
-        let before = self.latents.f_to_kind(Kind::Float)?;
-        let mut latents = tch::no_grad(|| {
-            let prediction = self.extractor.denoiser.forward_guided(&before, timestep, &self.guidance)?;
-            self.scheduler.step(self.step, &prediction, &before)
-        })?;
-        let mut loss = None;
-        if self.iterations > 0 && timestep < self.start_time {
-            let next = self.scheduler.next_timestep(self.step);
-            if self.adain {
-                let styles = self.references.styles.iter().map(|style| noised(self.scheduler.as_ref(), &mut self.noise, &style.of, next));
-                let styles = styles.collect::<Result<Vec<_>>>()?;
-                latents = tch::no_grad(|| adain(&latents, &styles))?;
-            } else {
-                // The optimizer works in place, and a scheduler may hand on what it was given.
-                latents = copy(&latents)?;
-            }
-            let references = self.references.try_map(|clean| noised(self.scheduler.as_ref(), &mut self.noise, clean, next))?;
-            let references = self.extractor.references(&references, next)?;
-            self.optimizer.reset();
-            for _ in 0..self.iterations {
-                loss = Some(self.extractor.descend(&mut latents, next, &references, &self.loss, &mut self.optimizer)?);
-            }
-        }
-        self.latents = self.soundness.judge(&self.latents, latents, loss.as_ref(), self.step + 1, timestep)?;
-        Ok(loss)
     }
 
     /// Whether all steps so far were sound; on a GPU this waits for them. Called by the last step; call it yourself
@@ -226,10 +277,4 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
         (self.latents, self.step, self.soundness) = (latents, checkpoint.step, Soundness::default());
         Ok(())
     }
-}
-
-/// Clean latents as they would be at a timestep.
-fn noised(scheduler: &dyn Scheduler, noise: &mut Noise, clean: &Tensor, timestep: f64) -> Result<Tensor> {
-    let drawn = noise.draw(clean)?;
-    tch::no_grad(|| scheduler.add_noise(clean, &drawn, timestep))
 }

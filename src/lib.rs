@@ -36,7 +36,7 @@
 //!
 //! # Where to begin
 //! - **To make pictures**: [`StableDiffusion`], [`mod@image`], [`device`], [`References`], [`Distiller`], [`GuidedSampler`],
-//!   [`Guidance`], [`Settings`], [`TotalLoss`].
+//!   [`Guidance`], [`Windows`], [`Settings`], [`TotalLoss`].
 //! - **To join a pipeline of your own**: [`Denoiser`], [`AttentionHook`], [`AttentionSite`], [`Qkv`], [`FeatureExtractor`],
 //!   [`References`], [`AdLoss`], [`Adam`]. The network gets one changed line in its attention and an `impl Denoiser`; the
 //!   example `foreign_pipeline` is what to copy. Without the feature `stable-diffusion` nothing else is built.
@@ -64,6 +64,8 @@
 //! | AdaIN of the latents, `(z - mean z) / std z * std s + mean s` | [`adain`], [`GuidedSampler::adain`](GuidedSampler) |
 //! | references noised to `t`, `sqrt(a) s + sqrt(1 - a) n` | [`Scheduler::add_noise`], [`Noise`] |
 //! | ControlNet: residuals in the noise prediction alone | [`Control`](crate::stable_diffusion::Control), [`ControlNet`](crate::stable_diffusion::ControlNet) |
+//! | expansion to any size: MultiDiffusion's mean of overlapping views in each step | [`Windows`], [`GuidedSampler::with_windows`] |
+//! | layout-edited textures: SDEdit, `z <- sqrt(a) edited + sqrt(1 - a) n` | [`GuidedSampler::edited`] |
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
 //! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise; for each
@@ -111,6 +113,7 @@ mod scheduler;
 mod settings;
 mod soundness;
 mod tensor_file;
+mod windows;
 
 pub mod device;
 pub mod image;
@@ -136,6 +139,8 @@ pub use scheduler::{BetaSchedule, Ddim, DdimConfig, Prediction, Scheduler, Spaci
 pub use settings::{Procedure, Settings, Task};
 #[cfg(feature = "stable-diffusion")]
 pub use stable_diffusion::StableDiffusion;
+
+pub use windows::{View, Windows};
 
 pub use tch;
 

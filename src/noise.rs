@@ -330,9 +330,11 @@ mod tests {
             noise.mark();
             let first = [draw(&mut noise)?, draw(&mut noise)?];
             noise.rewind();
+            noise.mark();
             assert_eq!(draw(&mut noise)?, first[0]);
             // Failed again, half way.
             noise.rewind();
+            noise.mark();
             assert_eq!([draw(&mut noise)?, draw(&mut noise)?], first);
             noise.mark();
             let third = draw(&mut noise)?;

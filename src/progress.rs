@@ -21,7 +21,8 @@ impl Progress {
         Self { step, steps, timestep, loss }
     }
 
-    /// The loss at the beginning of the step's last iteration; none if the step had no descent. **Waits for the GPU**,
+    /// The loss at the beginning of the step's last iteration; none if the step had no descent. Of a step in
+    /// [windows](crate::Windows) the mean over its views. **Waits for the GPU**,
     /// so ask for it where you show it, not in every step.
     ///
     /// # Errors

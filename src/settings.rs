@@ -22,19 +22,42 @@ pub enum Task {
     StyleTransferBySampling,
     /// [`Settings::texture_synthesis`].
     TextureSynthesis,
+    /// [`Settings::texture_by_sampling`].
+    TextureBySampling,
+    /// [`Settings::texture_expansion`].
+    TextureExpansion,
     /// [`Settings::text_to_image`] and [`Settings::text_to_image_xl`].
     TextToImage,
 }
 
 impl Task {
     /// All of them.
-    pub const ALL: &'static [Self] = &[Self::StyleTransfer, Self::StyleTransferBySampling, Self::TextureSynthesis, Self::TextToImage];
+    pub const ALL: &'static [Self] = &[
+        Self::StyleTransfer,
+        Self::StyleTransferBySampling,
+        Self::TextureSynthesis,
+        Self::TextureBySampling,
+        Self::TextureExpansion,
+        Self::TextToImage,
+    ];
 
     /// By optimisation or by sampling.
     pub fn procedure(self) -> Procedure {
         match self {
             Self::StyleTransfer | Self::TextureSynthesis => Procedure::Optimisation,
-            Self::StyleTransferBySampling | Self::TextToImage => Procedure::Sampling,
+            Self::StyleTransferBySampling | Self::TextureBySampling | Self::TextureExpansion | Self::TextToImage => Procedure::Sampling,
+        }
+    }
+
+    /// The authors' settings; those of text-to-image for Stable Diffusion 1 and 2.
+    pub fn settings(self) -> Settings {
+        match self {
+            Self::StyleTransfer => Settings::style_transfer(),
+            Self::StyleTransferBySampling => Settings::style_transfer_by_sampling(),
+            Self::TextureSynthesis => Settings::texture_synthesis(),
+            Self::TextureBySampling => Settings::texture_by_sampling(),
+            Self::TextureExpansion => Settings::texture_expansion(),
+            Self::TextToImage => Settings::text_to_image(),
         }
     }
 
@@ -44,6 +67,8 @@ impl Task {
             Self::StyleTransfer => "style_transfer",
             Self::StyleTransferBySampling => "style_transfer_by_sampling",
             Self::TextureSynthesis => "texture_synthesis",
+            Self::TextureBySampling => "texture_by_sampling",
+            Self::TextureExpansion => "texture_expansion",
             Self::TextToImage => "text_to_image",
         }
     }
@@ -98,6 +123,16 @@ impl Settings {
     /// Texture synthesis by optimisation, from noise.
     pub fn texture_synthesis() -> Self {
         Self { task: Task::TextureSynthesis, steps: 300, content_weight: 0.0, ..Self::style_transfer() }
+    }
+
+    /// Texture synthesis by sampling, from noise.
+    pub fn texture_by_sampling() -> Self {
+        Self { task: Task::TextureBySampling, content_weight: 0.0, ..Self::style_transfer_by_sampling() }
+    }
+
+    /// A texture expanded to any size, with [`Windows`](crate::Windows).
+    pub fn texture_expansion() -> Self {
+        Self { task: Task::TextureExpansion, iterations: 2, ..Self::texture_by_sampling() }
     }
 
     /// Text-to-image in a style, with Stable Diffusion 1 and 2.

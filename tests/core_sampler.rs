@@ -4,8 +4,8 @@
 mod toy;
 
 use attention_distillation::{
-    adain, AdLoss, Adam, AdamConfig, Checkpoint, ContentLoss, Ddim, DdimConfig, Denoiser, Error, Guidance, GuidedSampler, Loss, Noise, Optimizer,
-    OptimizerState, PlainAttention, References, Result, Scheduler, Settings, Style, TotalLoss,
+    adain, AdLoss, Adam, AdamConfig, Checkpoint, ContentLoss, Ddim, DdimConfig, Denoiser, Distiller, Error, Guidance, GuidedSampler, Loss, Noise,
+    Optimizer, OptimizerState, PlainAttention, References, Result, Scheduler, Settings, Style, TotalLoss,
 };
 use std::sync::{
     atomic::{AtomicUsize, Ordering},
@@ -246,6 +246,16 @@ fn a_saved_run_goes_on_to_the_same_picture() {
         assert_eq!(other.step, stop);
         assert_same(&other.finish().unwrap(), &expected[3]);
     }
+    // A run of the other procedure, or with another kind of noise, is another run.
+    let times: Vec<f64> = ddim(4).timesteps().to_vec();
+    let mut other = Distiller::new(extractor(&toy), times, references(), latents(5, 6, 8));
+    assert!(matches!(other.resume(&Checkpoint::load(&file).unwrap()), Err(Error::Argument { argument: "checkpoint", .. })));
+    assert!(sampler(&toy, 4).resume(&other.checkpoint().unwrap()).is_err());
+    let mut own = with_noise(sampler(&toy, 4), Noise::from_fn(|like| Ok(like.zeros_like())));
+    assert!(matches!(own.resume(&Checkpoint::load(&file).unwrap()), Err(Error::Argument { argument: "noise state", .. })));
+    own.checkpoint().unwrap().save(folder.path().join("own")).unwrap();
+    let saved = Checkpoint::load(folder.path().join("own")).unwrap();
+    assert!(own.resume(&saved).is_ok() && sampler(&toy, 4).resume(&saved).is_err());
     let mut damaged = Checkpoint::load(&file).unwrap();
     damaged.noise = Some(Tensor::from_slice(&[1_i64, 2]));
     let mut run = sampler(&toy, 4);
@@ -254,6 +264,44 @@ fn a_saved_run_goes_on_to_the_same_picture() {
     assert_same(&run.finish().unwrap(), &expected[3]);
     let mut longer = sampler(&toy, 5);
     assert!(matches!(longer.resume(&Checkpoint::load(&file).unwrap()), Err(Error::Argument { argument: "checkpoint", .. })));
+}
+
+/// Another program's: it hands the latents on as they are.
+struct Still([f64; 3]);
+
+impl Scheduler for Still {
+    fn timesteps(&self) -> &[f64] {
+        &self.0
+    }
+    fn next_timestep(&self, index: usize) -> f64 {
+        self.0.get(index + 1).copied().unwrap_or(0.0)
+    }
+    fn add_noise(&self, clean: &Tensor, _: &Tensor, _: f64) -> Result<Tensor> {
+        Ok(clean.shallow_clone())
+    }
+    fn step(&self, _: usize, _: &Tensor, latents: &Tensor) -> Result<Tensor> {
+        Ok(latents.shallow_clone())
+    }
+}
+
+#[test]
+fn a_scheduler_of_ones_own_keeps_its_latents() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let start = latents(5, 6, 8);
+    let still = Still([900.0, 600.0, 300.0]);
+    let mut run = GuidedSampler::new(extractor(&toy), still, guidance(), references(), start.shallow_clone(), Noise::seeded(3));
+    run.advance().unwrap();
+    assert_same(&start, &latents(5, 6, 8));
+    let between = run.latents.copy();
+    let held = run.latents.shallow_clone();
+    assert!(difference(&between, &start) > 1e-3, "the descents moved it");
+    // A failure in the second iteration, after the first has moved the latents.
+    toy.fail_at(2 + 3 + 2, Trouble::Memory);
+    assert!(run.advance().is_err());
+    assert_same(&run.latents, &between);
+    run.finish().map(drop).unwrap();
+    assert_same(&held, &between);
 }
 
 /// SDEdit: an edited picture, noised to a step's timestep, is sampled from there.
@@ -268,6 +316,32 @@ fn a_run_may_begin_at_a_later_step() {
     assert_eq!(run.advance().unwrap().unwrap().step, 3);
     assert!(run.finish().is_ok());
     assert_eq!(run.step, 4);
+}
+
+/// By hand above, in one call here.
+#[test]
+fn an_edit_takes_the_last_steps_from_the_noised_picture() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let (schedule, picture) = (ddim(8), latents(11, 6, 8));
+    for (strength, step) in [(1.0, 0), (0.6, 3), (0.5, 4), (0.01, 7)] {
+        let run = sampler(&toy, 8).edited(&picture, strength).unwrap();
+        assert_eq!(run.step, step, "{strength}");
+        assert_same(&run.latents, &schedule.add_noise(&picture, &latents(5, 6, 8), schedule.timesteps()[step]).unwrap());
+    }
+    // One picture for several of the batch.
+    let mut several = sampler(&toy, 8);
+    several.latents = noise(4, &[2, 4, 6, 8]);
+    assert_eq!(several.edited(&picture, 0.5).unwrap().latents.size(), [2, 4, 6, 8]);
+    for strength in [0.0, -0.5, 1.01, 1e-20, f64::NAN, f64::INFINITY] {
+        assert!(matches!(sampler(&toy, 8).edited(&picture, strength), Err(Error::Argument { argument: "strength", .. })), "{strength}");
+    }
+    for bad in [latents(1, 8, 6), noise(1, &[2, 4, 6, 8]), noise(1, &[4, 6, 8]), noise(1, &[1, 3, 6, 8])] {
+        assert!(matches!(sampler(&toy, 8).edited(&bad, 0.5), Err(Error::Shape { name: "edited picture", .. })));
+    }
+    let mut begun = sampler(&toy, 8);
+    begun.advance().unwrap();
+    assert!(matches!(begun.edited(&picture, 0.5), Err(Error::Argument { argument: "step", .. })));
 }
 
 #[test]
@@ -338,6 +412,13 @@ fn settings_are_taken_over() {
     let toy = Toy::new(Kind::Float);
     let run = sampler(&toy, 4).with_settings(&Settings::text_to_image()).unwrap();
     assert_eq!((run.iterations, run.adain, run.optimizer.config.learning_rate), (3, true, 0.015));
+    assert_eq!(run.guidance.scale, 7.5);
+    // The losses are set, not added to those that are there; without a content there is no content loss.
+    let weights = |run: &GuidedSampler<&Toy>| format!("{:?}", run.loss);
+    assert!(weights(&run).contains("[1.0, 0.25]"), "{}", weights(&run));
+    let mut alone = sampler(&toy, 4);
+    alone.references.content = None;
+    assert!(weights(&alone.with_settings(&Settings::text_to_image()).unwrap()).contains("[1.0]"));
     let mut settings = Settings::style_transfer_by_sampling();
     settings.iterations = 0;
     assert_eq!(sampler(&toy, 4).with_settings(&settings).unwrap().iterations, 0);

@@ -7,8 +7,14 @@ fn by_optimisation() -> [Settings; 2] {
     [Settings::style_transfer(), Settings::texture_synthesis()]
 }
 
-fn by_sampling() -> [Settings; 3] {
-    [Settings::style_transfer_by_sampling(), Settings::text_to_image(), Settings::text_to_image_xl()]
+fn by_sampling() -> [Settings; 5] {
+    [
+        Settings::style_transfer_by_sampling(),
+        Settings::text_to_image(),
+        Settings::text_to_image_xl(),
+        Settings::texture_by_sampling(),
+        Settings::texture_expansion(),
+    ]
 }
 
 /// `change` spoils sound settings: the error names the setting and its value.
@@ -52,11 +58,14 @@ fn the_authors_settings_are_sound() {
         assert_eq!((settings.task.procedure(), settings.guidance, settings.adain), (Procedure::Optimisation, 1.0, false));
     }
 
-    let [transfer, image, xl] = by_sampling();
+    let [transfer, image, xl, texture, expansion] = by_sampling();
     assert_eq!((transfer.steps, transfer.iterations, transfer.learning_rate, transfer.content_weight), (50, 3, 0.05, 0.25));
     assert_eq!((image.steps, image.iterations, image.learning_rate, image.content_weight), (50, 3, 0.015, 0.25));
     assert_eq!((xl.steps, xl.iterations, xl.learning_rate, xl.content_weight), (50, 2, 0.015, 0.25));
-    for (settings, guidance, adain) in [(transfer, 1.0, false), (image, 7.5, true), (xl, 7.0, true)] {
+    assert_eq!((texture.steps, texture.iterations, texture.learning_rate, texture.content_weight), (50, 3, 0.05, 0.0));
+    assert_eq!((expansion.steps, expansion.iterations, expansion.learning_rate, expansion.content_weight), (50, 2, 0.05, 0.0));
+    let plain = [transfer, texture, expansion].map(|settings| (settings, 1.0, false));
+    for (settings, guidance, adain) in plain.into_iter().chain([(image, 7.5, true), (xl, 7.0, true)]) {
         assert_eq!((settings.task.procedure(), settings.guidance, settings.adain), (Procedure::Sampling, guidance, adain));
     }
 }

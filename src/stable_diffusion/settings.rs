@@ -39,8 +39,7 @@ impl FolderSettings {
             own.keys().filter(unknown).for_each(|key| warn(&format!("{}.{key}", task.name())));
         }
         let settings = Self { config: Some(config), tasks };
-        let all = [Settings::style_transfer(), Settings::style_transfer_by_sampling(), Settings::texture_synthesis(), Settings::text_to_image()];
-        all.into_iter().try_for_each(|task| settings.over(task).map(drop))?;
+        Task::ALL.iter().try_for_each(|task| settings.over(task.settings()).map(drop))?;
         Ok(settings)
     }
 

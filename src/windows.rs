@@ -1,0 +1,202 @@
+//! MultiDiffusion's geometry (Bar-Tal et al. 2023): a canvas of any size, in overlapping windows of a size that the network
+//! knows.
+
+use crate::scalar::number;
+use crate::{Error, Result};
+use std::iter::once;
+use tch::{Kind, Tensor};
+
+/// A part of the canvas, in latents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct View {
+    /// Rows above it.
+    pub top: i64,
+    /// Columns to its left.
+    pub left: i64,
+    /// Its rows.
+    pub height: i64,
+    /// Its columns.
+    pub width: i64,
+}
+
+impl View {
+    /// This part of `(batch, channels, height, width)`, without a copy.
+    fn of(&self, latents: &Tensor) -> Result<Tensor> {
+        Ok(latents.f_narrow(2, self.top, self.height)?.f_narrow(3, self.left, self.width)?)
+    }
+}
+
+/// How a [`GuidedSampler`](crate::GuidedSampler) makes a picture larger than its network was trained for: in each timestep view by
+/// view, all of them cut from the canvas as it was, and then each latent is the mean of the views that have it. The
+/// defaults are the authors' for Stable Diffusion 1.5, but for [`reference_per_batch`](Self::reference_per_batch).
+///
+/// Besides the canvas and a sum of its size, a step takes the memory of one batch of views, however large the canvas. Its
+/// time grows with the number of views: halving the stride makes four times as many, and seams fainter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Windows {
+    /// The side of the square windows, in latents: the network's training size, 64 by default. Along a side of the canvas
+    /// that is shorter, windows are as long as that side.
+    pub size: i64,
+    /// From one window to the next, in latents, in 1..=`size`; 8 by default. The last of a row or column ends where the canvas
+    /// does, and may so be closer to the one before.
+    pub stride: i64,
+    /// Views per forward pass, at least 1; 8 by default. Prompt and negative are two passes or one of twice as many.
+    pub batch: usize,
+    /// The noise on the references: `true` is the authors' way, new noise (and AdaIN's, where that is on) for each batch of views,
+    /// and so a forward pass per style, too. `false`, the default, draws once in a step, where the first batch would, for all views:
+    /// less work, and with Adam, to which the scale of gradients is nothing, nothing but roundings depends on `batch`. The noise on
+    /// a content is one for the whole canvas, so that views see the same where they overlap.
+    pub reference_per_batch: bool,
+}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Self { size: 64, stride: 8, batch: 8, reference_per_batch: false }
+    }
+}
+
+impl Windows {
+    /// Windows of another size and stride, in latents; the rest as by default. Fields may be set to anything; a run
+    /// [checks](Self::check) them before each step.
+    pub fn new(size: i64, stride: i64) -> Self {
+        Self { size, stride, ..Self::default() }
+    }
+
+    /// The same with another number of views per forward pass.
+    #[must_use]
+    pub fn with_batch(mut self, batch: usize) -> Self {
+        self.batch = batch;
+        self
+    }
+
+    /// The same with new noise on the references for each batch of views, or with one for all.
+    #[must_use]
+    pub fn with_reference_per_batch(mut self, on: bool) -> Self {
+        self.reference_per_batch = on;
+        self
+    }
+
+    /// Whether these settings cover a canvas.
+    ///
+    /// # Errors
+    /// A size, stride or batch below 1; a stride above the size, which would leave gaps.
+    pub fn check(&self) -> Result<()> {
+        if self.size < 1 {
+            return Err(Error::argument("window size", format!("{} is not at least 1 latent; 64 is usual", self.size)));
+        }
+        if !(1..=self.size).contains(&self.stride) {
+            let size = self.size;
+            return Err(Error::argument("window stride", format!("{} is not in 1..={size}; above the size it would leave gaps", self.stride)));
+        }
+        if self.batch < 1 {
+            return Err(Error::argument("window batch", "0 views per forward pass would make no step; use at least 1"));
+        }
+        Ok(())
+    }
+
+    /// The views of a canvas of `(height, width)` latents, row by row, one after the other: none is kept.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); a side below 1.
+    pub fn views(&self, (height, width): (i64, i64)) -> Result<impl Iterator<Item = View>> {
+        self.check()?;
+        if height < 1 || width < 1 {
+            return Err(Error::argument("canvas", format!("{width}x{height} latents have no view; both sides must be at least 1")));
+        }
+        let windows = *self;
+        Ok(windows.starts(height).flat_map(move |top| {
+            windows.starts(width).map(move |left| View { top, left, height: windows.size.min(height), width: windows.size.min(width) })
+        }))
+    }
+
+    /// Where windows begin along a side.
+    fn starts(&self, side: i64) -> impl Iterator<Item = i64> {
+        let last = (side - self.size).max(0);
+        (0..last).step_by(usize::try_from(self.stride.max(1)).unwrap_or(usize::MAX)).chain(once(last))
+    }
+
+    /// How many views have each latent, `(height, width)`, on the canvas' device: counted along the sides and multiplied,
+    /// without asking the device or sending it anything.
+    fn coverage(&self, canvas: &Tensor, (height, width): (i64, i64)) -> Result<Tensor> {
+        let along = |side: i64| {
+            let count = Tensor::f_zeros([side], (Kind::Float, canvas.device()))?;
+            for start in self.starts(side) {
+                let _ = count.f_narrow(0, start, self.size.min(side))?.f_add_(&number(1.0)?)?;
+            }
+            Ok::<_, Error>(count)
+        };
+        Ok(along(height)?.f_unsqueeze(1)?.f_mul(&along(width)?)?)
+    }
+}
+
+/// Views that go through the network together.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    /// `(height, width)` of what they are views of.
+    canvas: (i64, i64),
+    views: Vec<View>,
+}
+
+impl Batch {
+    pub(crate) fn len(&self) -> usize {
+        self.views.len()
+    }
+
+    /// Cut from `(1, channels, height, width)` and stacked: `(views, channels, view's height, view's width)`.
+    pub(crate) fn cut(&self, canvas: &Tensor) -> Result<Tensor> {
+        let parts = self.views.iter().map(|view| view.of(canvas)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::f_cat(&parts, 0)?)
+    }
+
+    /// Cut, where it has the size of the canvas; anything else stays whole, for all views.
+    pub(crate) fn cut_if_of_canvas(&self, latents: &Tensor) -> Result<Tensor> {
+        match latents.size().as_slice() {
+            &[_, _, height, width] if (height, width) == self.canvas => self.cut(latents),
+            _ => Ok(latents.shallow_clone()),
+        }
+    }
+}
+
+/// The mean of all views of a canvas, taken while they come in.
+#[derive(Debug)]
+pub(crate) struct Mean {
+    sum: Tensor,
+    windows: Windows,
+    canvas: (i64, i64),
+}
+
+impl Mean {
+    /// For a canvas `(1, channels, height, width)` in f32; and its views, in batches that are made when they are asked for.
+    ///
+    /// # Errors
+    /// As [`Windows::views`]; another number of axes; more than one picture.
+    pub(crate) fn new(windows: Windows, canvas: &Tensor) -> Result<(Self, impl Iterator<Item = Batch>)> {
+        let size = match canvas.size().as_slice() {
+            &[1, _, height, width] => (height, width),
+            _ => {
+                let expected = "(1, channels, height, width): windows make one picture, run after run";
+                return Err(Error::shape("latents", expected, canvas.size()));
+            }
+        };
+        let mut views = windows.views(size)?;
+        let batches = std::iter::from_fn(move || {
+            let views: Vec<View> = views.by_ref().take(windows.batch).collect();
+            (!views.is_empty()).then_some(Batch { canvas: size, views })
+        });
+        Ok((Self { sum: canvas.f_zeros_like()?, windows, canvas: size }, batches))
+    }
+
+    /// What became of a batch.
+    pub(crate) fn add(&mut self, batch: &Batch, latents: &Tensor) -> Result<()> {
+        for (i, view) in (0..).zip(&batch.views) {
+            let _ = view.of(&self.sum)?.f_add_(&latents.f_narrow(0, i, 1)?)?;
+        }
+        Ok(())
+    }
+
+    /// Once all views came.
+    pub(crate) fn finish(self) -> Result<Tensor> {
+        Ok(self.sum.f_div(&self.windows.coverage(&self.sum, self.canvas)?)?)
+    }
+}
