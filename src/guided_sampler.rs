@@ -23,16 +23,16 @@ use tch::Tensor;
 ///
 /// Like a [`Distiller`](crate::Distiller) the run is pulled, one timestep per [`advance`](Self::advance): stop calling to
 /// cancel; read or change any field between calls; begin at a later [`step`](Self::step) with latents noised to its timestep
-/// to edit a picture ([`edited`](Self::edited)). **After an error the run stands exactly at its last finished step**, and the same call makes
-/// the same step, with the same noise. Infinite or NaN latents are found as a `Distiller` finds them; where that is later
-/// than the step at fault (on a GPU), the noise has moved on, too.
+/// to edit a picture ([`edited`](Self::edited)). **After an error the run stands exactly at its last finished step**, and the
+/// same call makes the same step, with the same noise. Infinite or NaN latents are found as a `Distiller` finds them; where
+/// that is later than the step at fault (on a GPU), the noise has moved on, too.
 ///
-/// With [`windows`](Self::windows) a step makes the picture view by view (MultiDiffusion): 1 to 3 are then for each batch of views, and
-/// the picture is the mean of its views. One picture is made at a time: a condition has one prompt for each of a batch, and
-/// a batch is here one of views. Styles have a batch of 1; so has a content, which is cut as the canvas is where it has
-/// that size, or else serves every view whole. What a condition says of sizes (SDXL's time ids) is the caller's:
-/// give `StableDiffusion::guidance` and `extractor` the size of the whole picture, as `tools/reference` does. A condition that
-/// belongs to places of the picture, as a ControlNet's does, cannot be cut.
+/// With [`windows`](Self::windows) a step makes the picture view by view (MultiDiffusion): all of the above is then done for
+/// each batch of views, and the picture is the mean of its views. One picture is made at a time: a condition has one prompt for
+/// each of a batch, and a batch is here one of views. Styles have a batch of 1; so has a content, which is cut as the canvas
+/// is where it has that size, or else serves every view whole. What a condition says of sizes (SDXL's time ids) is the
+/// caller's: give `StableDiffusion::guidance` and `extractor` the size of the whole picture, as `tools/reference` does. A
+/// condition that belongs to places of the picture, as a ControlNet's does, cannot be cut.
 #[non_exhaustive]
 pub struct GuidedSampler<D: Denoiser, O = Adam> {
     /// The network and its layers, under the null prompt.
