@@ -3,9 +3,11 @@
 #![allow(clippy::disallowed_methods)] // A test may panic.
 
 mod common;
+mod model_copy;
 
 use attention_distillation::stable_diffusion::AutoencoderKl;
-use common::{fixture, Comparison, Expected, ACTIVATIONS};
+use common::{fixture, relative, Comparison, Expected, ACTIVATIONS};
+use model_copy::ModelCopy;
 use tch::{Device, Kind};
 
 fn autoencoder(folder: &str, name: &str) {
@@ -45,4 +47,21 @@ fn former_names_are_the_same_network() {
 #[test]
 fn without_attention_and_quant_convolutions() {
     autoencoder("vae_plain", "plain");
+}
+
+/// SDXL's overflows in f16: unless the folder says `force_upcast: false` it computes in f32, whatever the rest does.
+#[test]
+fn half_precision_stops_at_the_autoencoder() {
+    let pixels = Expected::read("vae").get("sd15.pixels").shallow_clone();
+    let encode = |folder: &std::path::Path, kind: Kind| AutoencoderKl::open(folder, Device::Cpu, kind).unwrap().encode(&pixels).unwrap();
+    let copy = ModelCopy::of("sdxl");
+    let folder = copy.path("vae");
+    let exact = encode(&folder, Kind::Float);
+    for kind in [Kind::Half, Kind::BFloat16] {
+        assert!(encode(&folder, kind).equal(&exact), "{kind:?}");
+        copy.set("vae/config.json", "force_upcast", false.into());
+        let rounded = encode(&folder, kind);
+        assert!(!rounded.equal(&exact) && relative(&rounded, &exact) < 0.1, "{kind:?}: {}", relative(&rounded, &exact));
+        copy.set("vae/config.json", "force_upcast", true.into());
+    }
 }
