@@ -35,8 +35,8 @@ impl FolderSettings {
         config.keys().filter(|key| !COMMON.contains(key) && !EACH.contains(key) && !task(key)).for_each(warn);
         for (task, own) in &tasks {
             let sampling = task.procedure() == Procedure::Sampling;
-            let unknown = |key: &&str| !EACH.contains(key) && !(sampling && SAMPLING.contains(key));
-            own.keys().filter(unknown).for_each(|key| warn(&format!("{}.{key}", task.name())));
+            let known = |key: &str| EACH.contains(&key) || sampling && SAMPLING.contains(&key);
+            own.keys().filter(|key| !known(key)).for_each(|key| warn(&format!("{}.{key}", task.name())));
         }
         let settings = Self { config: Some(config), tasks };
         Task::ALL.iter().try_for_each(|task| settings.over(task.settings()).map(drop))?;
