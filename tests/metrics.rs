@@ -135,7 +135,8 @@ fn the_same_patches_elsewhere() {
     let distance = |b: &Tensor| patch_distance(&texture, b, &PatchConfig::default()).unwrap().mean;
     let (near, far) = (distance(&shifted), distance(&other));
     println!("{near} {far}");
-    assert!(near < far / 8.0, "{near} {far}");
+    // The wrap makes new patches along two lines.
+    assert!(near < far / 5.0, "{near} {far}");
     let similarity = ms_ssim(&texture, &shifted).unwrap();
     assert!(similarity < 0.5, "{similarity}");
     assert_eq!(colour_distance(&texture, &shifted, 1).unwrap(), 0.0, "the same pixels");
@@ -187,14 +188,15 @@ fn textures_in_the_order_of_likeness() {
     let distances = others.each_ref().map(|other| distance(&field, other));
     println!("{distances:?}");
     assert!(rising(&distances), "{distances:?}");
-    // Stripes: moved, a little wider, across. All have nearly the same pixels.
+    // Stripes: moved, a little wider, across.
     let upright = stripes(96, 0.0, 1.0, 8.0);
     let others = [stripes(96, 0.0, 1.0, 8.0).roll([3], [3]), stripes(96, 0.0, 1.0, 9.0), stripes(96, 1.0, 0.0, 8.0)];
     let distances = others.each_ref().map(|other| distance(&upright, other));
     println!("{distances:?}");
     assert!(rising(&distances), "{distances:?}");
-    for other in &others {
-        close(colour_distance(&upright, other, 1).unwrap(), 0.0, 0.02);
+    // The same pixels.
+    for other in [&others[0], &others[2]] {
+        close(colour_distance(&upright, other, 1).unwrap(), 0.0, 1e-6);
     }
     // The pixels of a texture without their order.
     let shuffled = field.view([1, 3, -1]).index_select(2, &noise(96, 96, 1.0, 9).view([3, -1]).get(0).argsort(0, false)).view_as(&field);
@@ -220,6 +222,11 @@ fn known_distances_of_colours() {
     // Each pixel four times is the same palette.
     let picture = noise(6, 7, 0.2, 1);
     close(colour_distance(&picture, &picture.upsample_nearest2d([12, 14], None, None), 1).unwrap(), 0.0, 1e-6);
+    // So large that not all directions are looked along at once.
+    let picture = noise(150, 150, 0.2, 1);
+    let larger = picture.upsample_nearest2d([300, 300], None, None);
+    close(colour_distance(&(&picture + 0.25), &larger, 1).unwrap(), 0.25, 1e-6);
+    close(colour_distance(&larger, &(&larger + 0.25), 1).unwrap(), 0.25, 1e-6);
 }
 
 /// Equal channels, each by itself, but not together: red and cyan are not black and white.
