@@ -5,8 +5,8 @@
 use attention_distillation::metrics::{self, PatchConfig};
 use attention_distillation::{device, image, tch, Error, Result};
 use clap::Parser;
-use std::{path::PathBuf, process::ExitCode};
-use tch::Tensor;
+use std::{io::Write, path::PathBuf, process::ExitCode};
+use tch::{Kind, Tensor};
 
 /// Prints a line `name value` for each metric of a result; distances are in picture values, 0 to 1.
 #[derive(Debug, Parser)]
@@ -20,7 +20,10 @@ struct Flags {
     /// The picture whose layout it should have; scaled to the result's size
     #[arg(long, value_name = "FILE")]
     content: Option<PathBuf>,
-    /// Its regions, in a picture of its size without losses (PNG): a grey value or a colour is a label
+    /// Scale each style to about the result's area, as style_transfer has done; without it, pixels are compared as they are
+    #[arg(long)]
+    fit_styles: bool,
+    /// Its regions, painted in a PNG that lies over the whole of it: a grey value or a colour is a label
     #[arg(long, value_name = "FILE", requires = "style_labels")]
     result_labels: Option<PathBuf>,
     /// The same for each style, in their order
@@ -36,10 +39,11 @@ struct Flags {
 
 fn main() -> ExitCode {
     match run(&Flags::parse()) {
-        Ok(values) => {
-            values.iter().for_each(|(name, value)| println!("{name} {value:.6}"));
-            ExitCode::SUCCESS
-        }
+        // `println!` would panic where the reader has gone, as `head` does.
+        Ok(values) => match values.iter().try_for_each(|(name, value)| writeln!(std::io::stdout(), "{name} {value:.6}")) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        },
         Err(error) => {
             // libtorch's messages may have several lines.
             eprintln!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
@@ -55,10 +59,16 @@ fn run(flags: &Flags) -> Result<Vec<(String, f64)>> {
         return Err(Error::Argument { argument: "--style-labels", reason });
     }
     let result = image::load(&flags.result)?.f_to_device(device)?;
+    let (height, width) = image::size(&result)?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
-    let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
-    let result_labels = flags.result_labels.as_ref().map(labels).transpose()?;
-    let style_labels = flags.style_labels.iter().map(labels).collect::<Result<Vec<_>>>()?;
+    let style = |file| -> Result<Tensor> {
+        let style = image::load(file)?;
+        let size = image::size(&style)?;
+        image::resize(&style, if flags.fit_styles { image::size_of_area(size, height * width, 1)? } else { size })
+    };
+    let styles = flags.style.iter().map(style).collect::<Result<Vec<_>>>()?;
+    let result_labels = flags.result_labels.as_ref().map(|file| labels(file, &result)).transpose()?;
+    let style_labels = flags.style_labels.iter().zip(&styles).map(|(file, style)| labels(file, style)).collect::<Result<Vec<_>>>()?;
 
     let mut config = PatchConfig::default();
     config.seed = flags.seed;
@@ -82,7 +92,7 @@ fn run(flags: &Flags) -> Result<Vec<(String, f64)>> {
         }
     }
     if let Some(content) = content {
-        let content = image::resize(&content, image::size(&result)?)?;
+        let content = image::resize(&content, (height, width))?;
         values.push(("ms_ssim".into(), metrics::ms_ssim(&result, &content)?));
         values.push(("psnr".into(), metrics::psnr(&result, &content)?));
     }
@@ -91,16 +101,19 @@ fn run(flags: &Flags) -> Result<Vec<(String, f64)>> {
     Ok(values)
 }
 
-/// The label of a grey pixel is its value, 0 to 255, that of another is `0x1RRGGBB`, which no grey has.
-fn labels(file: &PathBuf) -> Result<Tensor> {
+/// The label of a grey pixel is its value, 0 to 255, that of another is `0x1RRGGBB`, which no grey has. A map of another size
+/// than its picture is scaled by nearest neighbour.
+fn labels(file: &PathBuf, of: &Tensor) -> Result<Tensor> {
     let picture = image::load(file)?;
     let (height, width) = image::size(&picture)?;
     let label = |pixel: &[u8]| match *pixel {
-        [r, g, b] if r != g || g != b => i64::from_be_bytes([0, 0, 0, 0, 1, r, g, b]),
-        [grey, ..] => i64::from(grey),
-        [] => 0,
+        [r, g, b] if r != g || g != b => f64::from(u32::from_be_bytes([1, r, g, b])),
+        [grey, ..] => f64::from(grey),
+        [] => 0.0,
     };
     let pixels = image::to_rgb8(&picture)?.into_raw_vec_and_offset().0;
-    let labels: Vec<i64> = pixels.chunks_exact(3).map(label).collect();
-    Ok(Tensor::f_from_slice(&labels)?.f_view([1, 1, height, width])?)
+    let labels: Vec<f64> = pixels.chunks_exact(3).map(label).collect();
+    let (to_height, to_width) = image::size(of)?;
+    let labels = Tensor::f_from_slice(&labels)?.f_view([1, 1, height, width])?.f_upsample_nearest2d([to_height, to_width], None, None)?;
+    Ok(labels.f_to_kind(Kind::Int64)?)
 }

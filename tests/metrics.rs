@@ -568,7 +568,9 @@ fn the_example_prints_a_line_for_each() {
     image::save(&detail("content_chelsea.png", 20, 20, 80), path("content.png")).unwrap();
     let painted = |side: i64| Tensor::cat(&[flat(side, side / 2, [1.0, 0.0, 0.0]), flat(side, side / 2, [2.0 / 255.0; 3])], 3);
     image::save(&painted(48), path("ours.png")).unwrap();
-    image::save(&painted(40).flip([3]), path("theirs.png")).unwrap();
+    // Of another size than its picture.
+    image::save(&painted(20).flip([3]), path("theirs.png")).unwrap();
+    image::save(&flat(40, 40, [0.4; 3]), path("grey.png")).unwrap();
     let names = |stdout: &str| stdout.lines().map(|line| line.split_once(' ').unwrap().0.to_owned()).collect::<Vec<_>>();
 
     let plain = ["--device", "cpu", "--result", "result.png", "--style", "style.png"];
@@ -597,6 +599,12 @@ fn the_example_prints_a_line_for_each() {
         assert!(value(&stdout, name) > 0.0, "{stdout}");
     }
 
+    // To the result's area of 48 x 48 pixels.
+    let (done, stdout, stderr) = run(folder.path(), &[&plain[..], &["--fit-styles"]].concat());
+    assert!(done, "{stderr}");
+    let fitted = patch_distance(&result, &image::resize(&style, (48, 48)).unwrap(), &PatchConfig::default()).unwrap();
+    close(value(&stdout, "patch_distance"), fitted.mean, 1e-6);
+
     let (done, stdout, _) = run(folder.path(), &["--device", "cpu", "--result", "result.png", "--style", "style.png", "--style", "result.png"]);
     assert!(done && value(&stdout, "style_0_patch_distance") > 0.0 && value(&stdout, "style_1_colour_distance") == 0.0, "{stdout}");
 
@@ -604,7 +612,8 @@ fn the_example_prints_a_line_for_each() {
         &["--result", "missing.png", "--style", "style.png"][..],
         &["--result", "result.png"],
         &[&plain[..], &["--result-labels", "ours.png"]].concat(),
-        &[&plain[..], &["--result-labels", "ours.png", "--style-labels", "ours.png"]].concat(),
+        // Red and a lighter grey.
+        &[&plain[..], &["--result-labels", "ours.png", "--style-labels", "grey.png"]].concat(),
         &[&plain[..], &regions, &["--style", "style.png"]].concat(),
     ] {
         let (done, stdout, stderr) = run(folder.path(), bad);
