@@ -25,9 +25,12 @@
 //! `D = sqrt(mean over the directions u of W(u)^2)`.
 //!
 //! Directions are drawn in orthonormal sets of up to `d` (the factor Q of a matrix of normal noise), each uniform on the sphere.
-//! `D` is then a root mean square per coordinate: of two sets that are moved against one another, but otherwise equal, it is the root
-//! mean square of the move (exactly so if the number of directions is a multiple of `d`), black to white is 1, and it is never more
-//! than `W / sqrt d` with the distance `W` of the sets themselves. It is 0 for equal sets.
+//! `D` is then a root mean square per coordinate: black to white is 1, equal sets have 0. If the number of directions is a multiple of
+//! `d`, it is exact for two sets that are moved against one another, but otherwise equal (the root mean square of the move), and never
+//! more than `W / sqrt d` with the distance `W` of the sets themselves; with other numbers both hold on average over the seeds.
+//!
+//! Of an ordinary picture's patches, the coarse colours weigh more than the fine strokes: compare distances to one reference
+//! with each other, scale by scale, rather than with 0.
 
 mod regions;
 mod seam;
