@@ -40,6 +40,7 @@
 //! - **To join a pipeline of your own**: [`Denoiser`], [`AttentionHook`], [`AttentionSite`], [`Qkv`], [`FeatureExtractor`],
 //!   [`References`], [`AdLoss`], [`Adam`]. The network gets one changed line in its attention and an `impl Denoiser`; the
 //!   example `foreign_pipeline` is what to copy. Without the feature `stable-diffusion` nothing else is built.
+//! - **To judge what came out**, without a network: [`metrics`].
 //!
 //! # The paper on one page
 //! Latents `z` of the picture being made are seen through self-attention layers `l` of a frozen diffusion network, under
@@ -117,6 +118,7 @@ mod windows;
 
 pub mod device;
 pub mod image;
+pub mod metrics;
 #[cfg(feature = "stable-diffusion")]
 pub mod stable_diffusion;
 
