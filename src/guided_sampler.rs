@@ -165,7 +165,8 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
         if self.iterations > 0 && timestep < self.start_time {
             let next = self.scheduler.next_timestep(self.step);
             if self.adain {
-                let styles = self.references.styles.iter().map(|style| noised(self.scheduler.as_ref(), &mut self.noise, &style.of, next));
+                let counted = self.references.styles.iter().filter(|style| style.weight != 0.0);
+                let styles = counted.map(|style| noised(self.scheduler.as_ref(), &mut self.noise, &style.of, next));
                 let styles = styles.collect::<Result<Vec<_>>>()?;
                 latents = tch::no_grad(|| adain(&latents, &styles))?;
             } else {
