@@ -116,22 +116,14 @@ impl<'a> Bias<'a> {
     /// for tokens that are no part of the grid.
     fn scores(&self, parts: Vec<Tensor>, layers: &[&LayerFeatures], prefix: bool, device: Device) -> Result<Tensor> {
         let batch = parts.iter().map(|part| part.size3().map(|(batch, ..)| batch)).try_fold(1, |most, batch| batch.map(|batch| batch.max(most)))?;
-        let mut largest: Option<Tensor> = None;
-        for part in &parts {
-            let here = part.f_amax([-1_i64], true)?;
-            largest = Some(match largest {
-                Some(largest) => largest.f_maximum(&here)?,
-                None => here,
-            });
-        }
-        let none = crate::scalar::integer(0)?;
-        let nothing = largest.map(|largest| largest.f_eq_tensor(&none)).transpose()?;
+        // Through a leak a row that sees nothing sees everything as it is, unless there are tokens that all rows see.
+        let text = layers.iter().zip(&parts).any(|(there, part)| matches!((there.key.size4(), part.size3()), (Ok(key), Ok(part)) if key.2 > part.2));
+        let nothing = if self.eps == 0.0 || text { empty_rows(&parts)? } else { None };
+        let ones = |rows, columns| Tensor::f_ones([1, rows, columns], (Kind::Float, device));
         let mut columns = vec![];
         for ((part, there), (style, _)) in parts.into_iter().zip(layers).zip(&self.styles) {
             let (_, rows, tokens) = part.size3()?;
-            let ones = |rows, columns| Tensor::f_ones([1, rows, columns], (Kind::Float, device));
             let part = match &nothing {
-                // A row that sees nothing sees everything.
                 Some(nothing) => ones(1, 1)?.f_where_self(nothing, &part)?,
                 None => part,
             };
@@ -143,13 +135,31 @@ impl<'a> Bias<'a> {
             if prefix {
                 part = Tensor::f_cat(&[part, ones(1, text + tokens)?.f_expand([batch, -1, -1], false)?], 1)?;
             }
-            if self.eps > 0.0 {
-                part = part.plus(self.eps)?;
+            let mut scores = part.plus(self.eps)?.f_log_()?;
+            if style.weight != 1.0 {
+                scores = scores.plus(style.weight.ln())?;
             }
-            columns.push(part.f_log()?.plus(style.weight.ln())?);
+            // With a leak there is no `ln 0`.
+            columns.push(if self.eps > 0.0 { scores } else { scores.within(NEVER, -NEVER)? });
         }
-        Tensor::f_cat(&columns, 2)?.within(NEVER, -NEVER)
+        match columns.as_slice() {
+            [one] => Ok(one.shallow_clone()),
+            several => Ok(Tensor::f_cat(several, 2)?),
+        }
     }
+}
+
+/// Whether a row is 0 in all of the parts, `(1 or batch, rows, 1)`.
+fn empty_rows(parts: &[Tensor]) -> Result<Option<Tensor>> {
+    let mut largest: Option<Tensor> = None;
+    for part in parts {
+        let here = part.f_amax([-1_i64], true)?;
+        largest = Some(match largest {
+            Some(largest) => largest.f_maximum(&here)?,
+            None => here,
+        });
+    }
+    largest.map(|largest| Ok(largest.f_eq_tensor(&crate::scalar::integer(0)?)?)).transpose()
 }
 
 /// `sum_m W(l, m) S(m, j)` of one style: `(1 or batch, labels of the picture, tokens)` in f32.

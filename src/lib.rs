@@ -54,7 +54,7 @@
 //! | `Attn(Q, K, V) = softmax(Q K^T / sqrt d) V` | [`Qkv::attend`] |
 //! | `L_AD = sum_l abs(Attn(Q, K, V) - sg(Attn(Q, Ks, Vs)))` | [`AdLoss`] |
 //! | several styles: their `K`, `V` joined along the tokens | [`References::styles`] |
-//! | regions, Fig. 8: `Attn(Q, Ks, Vs)` where labels are equal; soft maps, weights of styles: `softmax(Q Ks^T / sqrt d + ln c) Vs` | [`LabelMap`], [`References::with_labels`], [`Style`] |
+//! | regions: tokens attend to style tokens of their label; soft maps, weights of styles: `softmax(Q Ks^T / sqrt d + ln c) Vs` | [`LabelMap`], [`References::with_labels`], [`Style`] |
 //! | controlled textures: regions filled with pixels of the source | [`fill`] |
 //! | `L_content = sum_l abs(Q - sg(Qc))` | [`ContentLoss`] |
 //! | `L = L_AD + beta L_content` | [`TotalLoss`], [`Distiller::style_transfer`] |
