@@ -7,7 +7,7 @@ mod common;
 
 use attention_distillation::tch::{self, Device, Kind, Tensor};
 use attention_distillation::{
-    AdLoss, AttentionHook, AttentionSite, ContentLoss, Denoiser, Features, LayerFeatures, Loss, Qkv, References, Result, Style,
+    AdLoss, AttentionHook, AttentionSite, ContentLoss, Denoiser, Features, LabelMap, LayerFeatures, Loss, Qkv, References, Result, Style,
 };
 use common::{device_and_kind, finished};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
@@ -44,9 +44,13 @@ impl Layers {
 }
 
 /// Forward without a graph, as a progress display would ask; then with the gradient by the features that the loss looks at.
-fn bench(c: &mut Criterion, name: &str, layers: &Layers, loss: &dyn Loss, of: fn(&LayerFeatures) -> &Tensor) {
+fn bench(c: &mut Criterion, name: &str, layers: &Layers, labels: Option<LabelMap>, loss: &dyn Loss, of: fn(&LayerFeatures) -> &Tensor) {
     let (_, device) = layers.options;
-    let references = References::styles([Style::new(layers.features())]).with_content(layers.features());
+    let mut references = References::styles([Style::new(layers.features())]).with_content(layers.features());
+    for style in &mut references.styles {
+        style.labels = labels.as_ref().map(LabelMap::shallow_clone);
+    }
+    references.labels = labels;
     let picture = layers.features();
     // Leaves, so that the backward pass ends where the network's would begin.
     let leaves = picture.try_map(|feature| Ok(feature.detach().set_requires_grad(true))).unwrap();
@@ -69,8 +73,15 @@ fn losses(c: &mut Criterion) {
     tch::manual_seed(0);
     for (model, shapes) in MODELS {
         let layers = Layers { shapes, options: (kind, device) };
-        bench(c, &format!("AD loss, {model}"), &layers, &AdLoss::default(), |layer| &layer.output);
-        bench(c, &format!("content loss, {model}"), &layers, &ContentLoss, |layer| &layer.query);
+        bench(c, &format!("AD loss, {model}"), &layers, None, &AdLoss::default(), |layer| &layer.output);
+        // Four areas, one above the other.
+        let rows = Tensor::from_slice(&[0_i64, 1, 2, 3]).view([1, 1, 4, 1]);
+        let hard = LabelMap::new(&rows).unwrap().resized((512, 512)).unwrap().to_device(device).unwrap();
+        bench(c, &format!("AD loss with labels, {model}"), &layers, Some(hard), &AdLoss::default(), |layer| &layer.output);
+        let shares = rows.eq_tensor(&rows.view([1, 4, 1, 1])).to_kind(Kind::Float).expand([1, 4, 4, 512], false);
+        let soft = LabelMap::soft(&shares).unwrap().resized((512, 512)).unwrap().to_device(device).unwrap();
+        bench(c, &format!("AD loss with soft labels, {model}"), &layers, Some(soft), &AdLoss::default(), |layer| &layer.output);
+        bench(c, &format!("content loss, {model}"), &layers, None, &ContentLoss, |layer| &layer.query);
     }
 }
 

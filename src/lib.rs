@@ -55,6 +55,8 @@
 //! | `Attn(Q, K, V) = softmax(Q K^T / sqrt d) V` | [`Qkv::attend`] |
 //! | `L_AD = sum_l abs(Attn(Q, K, V) - sg(Attn(Q, Ks, Vs)))` | [`AdLoss`] |
 //! | several styles: their `K`, `V` joined along the tokens | [`References::styles`] |
+//! | regions: tokens attend to style tokens of their label; soft maps, weights of styles: `softmax(Q Ks^T / sqrt d + ln c) Vs` | [`LabelMap`], [`References::with_labels`], [`Style`] |
+//! | controlled textures: regions filled with pixels of the source | [`fill`] |
 //! | `L_content = sum_l abs(Q - sg(Qc))` | [`ContentLoss`] |
 //! | `L = L_AD + beta L_content` | [`TotalLoss`], [`Distiller::style_transfer`] |
 //! | `z <- Adam(z, dL/dz)` | [`FeatureExtractor::descend`], [`Adam`] |
@@ -95,15 +97,18 @@
 
 mod adain;
 mod attention;
+mod bias;
 mod checkpoint;
 mod denoiser;
 mod distiller;
 mod error;
 mod extractor;
 mod features;
+mod fill;
 mod guided_sampler;
 mod injection;
 mod loss;
+mod mask;
 mod memory;
 mod noise;
 mod optimizer;
@@ -130,9 +135,11 @@ pub use distiller::Distiller;
 pub use error::{Error, Result};
 pub use extractor::FeatureExtractor;
 pub use features::{FeatureRecorder, Features, LayerFeatures};
+pub use fill::fill;
 pub use guided_sampler::GuidedSampler;
 pub use injection::KeyValueInjection;
 pub use loss::{AdLoss, ContentLoss, Loss, TotalLoss};
+pub use mask::LabelMap;
 pub use noise::Noise;
 pub use optimizer::{Adam, AdamConfig, GradientDescent, Optimizer, OptimizerState};
 pub use progress::Progress;

@@ -1,7 +1,7 @@
 //! The paper's losses: AD loss, content loss, and their weighted sum.
 
 use crate::scalar::WithNumber;
-use crate::{attention::scaled_dot_product, Error, Features, LayerFeatures, References, Result};
+use crate::{attention::scaled_dot_product, bias::Bias, Error, Features, LayerFeatures, References, Result};
 use tch::{Kind, Reduction, Tensor};
 
 /// A differentiable scalar: how far a picture's features are from its references'. Holds settings only; everything
@@ -17,7 +17,8 @@ pub trait Loss {
 /// The attention distillation loss: `sum over layers of mean |Attn(Q, K, V) - sg(Attn(s Q, Ks, Vs))|`.
 ///
 /// `Q`, `K`, `V` are the picture's own, `Ks`, `Vs` the styles' (joined along the tokens where there are several), `sg`
-/// stops the gradient: it flows through the picture's own output alone.
+/// stops the gradient: it flows through the picture's own output alone. Regions and weights of the styles are a bias on the
+/// scores of the second attention, see [`References`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct AdLoss {
@@ -47,30 +48,31 @@ impl AdLoss {
         if !(self.sharpness.is_finite() && self.sharpness > 0.0) {
             return Err(Error::argument("sharpness", format!("{} is not a positive number", self.sharpness)));
         }
-        if references.styles.is_empty() {
-            return Err(Error::argument("styles", "the AD loss needs at least one"));
+        if references.styles.iter().all(|style| style.weight == 0.0) {
+            return Err(Error::argument("styles", "the AD loss needs at least one, of a weight above 0"));
         }
         for style in &references.styles {
             same_layers("style", picture, &style.of)?;
         }
-        picture.layers().enumerate().map(|(i, layer)| mean_absolute(&layer.output, &self.ideal(i, layer, references)?)).collect()
+        let mut bias = Bias::new(references)?;
+        picture.layers().enumerate().map(|(i, layer)| mean_absolute(&layer.output, &self.ideal(i, layer, references, bias.as_mut())?)).collect()
     }
 
     /// What the layer would put out if the picture were made of the styles.
-    fn ideal(&self, i: usize, layer: &LayerFeatures, references: &References<Features>) -> Result<Tensor> {
+    fn ideal(&self, i: usize, layer: &LayerFeatures, references: &References<Features>, bias: Option<&mut Bias<'_>>) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         let query = if self.sharpness == 1.0 { layer.query.shallow_clone() } else { layer.query.times(self.sharpness)? };
         let key = joined(i, &query, references, |style| &style.key)?;
         let value = joined(i, &query, references, |style| &style.value)?;
-        // Regions and weights of styles become one bias on these scores: it is the mask of this call.
-        scaled_dot_product(&query, &key, &value, None, layer.scale)
+        let bias = bias.map(|bias| bias.of(i, layer)).transpose()?;
+        scaled_dot_product(&query, &key, &value, bias.as_ref(), layer.scale)
     }
 }
 
 /// The styles' tensors of layer `i`, one after the other along the tokens, for each picture of the batch.
 fn joined(i: usize, query: &Tensor, references: &References<Features>, pick: fn(&LayerFeatures) -> &Tensor) -> Result<Tensor> {
     let (batch, ..) = query.size4()?;
-    let there = references.styles.iter().filter_map(|style| style.of.layers().nth(i));
+    let there = references.styles.iter().filter(|style| style.weight != 0.0).filter_map(|style| style.of.layers().nth(i));
     let parts = there.map(|layer| Ok(pick(layer).f_expand([batch, -1, -1, -1], false)?)).collect::<Result<Vec<_>>>()?;
     match parts.as_slice() {
         [one] => Ok(one.shallow_clone()),

@@ -217,7 +217,7 @@ fn blocks(generator: &mut MersenneTwister, count: usize) -> Vec<f32> {
 
 /// MT19937 (Matsumoto and Nishimura 1998), libtorch's CPU generator.
 #[derive(Debug, Clone)]
-struct MersenneTwister {
+pub(crate) struct MersenneTwister {
     state: Vec<u32>,
     next: usize,
 }
@@ -226,7 +226,7 @@ const STATE: usize = 624;
 const SHIFT: usize = 397;
 
 impl MersenneTwister {
-    fn new(seed: u32) -> Self {
+    pub(crate) fn new(seed: u32) -> Self {
         let successor = |(i, last): &(u32, u32)| Some((i + 1, 1_812_433_253_u32.wrapping_mul(last ^ (last >> 30)).wrapping_add(i + 1)));
         let state = std::iter::successors(Some((0, seed)), successor).map(|(_, value)| value).take(STATE).collect();
         Self { state, next: STATE }
@@ -257,6 +257,16 @@ impl MersenneTwister {
         y ^ (y >> 18)
     }
 
+    fn wide_bits(&mut self) -> u64 {
+        (u64::from(self.bits()) << 32) | u64::from(self.bits())
+    }
+
+    /// A whole number below `end` (0 for 0), as `torch.randint` draws it.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        let drawn = if end < 1 << 28 { u64::from(self.bits()) } else { self.wide_bits() };
+        drawn.checked_rem(end).unwrap_or(0)
+    }
+
     /// In 0..1, of 24 bits.
     fn uniform(&mut self) -> f32 {
         (self.bits() & 0x00ff_ffff) as f32 / (1 << 24) as f32
@@ -264,8 +274,7 @@ impl MersenneTwister {
 
     /// In 0..1, of 53 bits.
     fn uniform_double(&mut self) -> f64 {
-        let bits = (u64::from(self.bits()) << 32) | u64::from(self.bits());
-        (bits & ((1 << 53) - 1)) as f64 / (1_u64 << 53) as f64
+        (self.wide_bits() & ((1 << 53) - 1)) as f64 / (1_u64 << 53) as f64
     }
 }
 
@@ -295,6 +304,21 @@ mod tests {
         let mut noise = Noise::seeded(0);
         assert!(noise.draw(&blank(&[0])).is_err() && noise.draw(&blank(&[1]).expand([1 << 40], false)).is_err());
         Ok(())
+    }
+
+    /// Numbers of `torch.randint(0, n, (4,), generator=torch.Generator().manual_seed(seed))`, torch 2.11.0.
+    #[test]
+    fn whole_numbers_of_torch() {
+        let drawn = |seed: u64, end: u64| {
+            let mut twister = MersenneTwister::new(seed as u32);
+            [(); 4].map(|()| twister.below(end))
+        };
+        assert_eq!(drawn(0, 7), [4, 3, 0, 2]);
+        assert_eq!(drawn(4100, 1000), [456, 743, 151, 761]);
+        assert_eq!(drawn(4294971396, 1000), [456, 743, 151, 761]);
+        assert_eq!(drawn(5, 268435455), [148147046, 236996814, 250105852, 80864970]);
+        assert_eq!(drawn(5, 268435456), [236996814, 80864957, 220060790, 180152393]);
+        assert_eq!(drawn(5, 1099511627776), [425438759118, 1030067709629, 989404716150, 622681974857]);
     }
 
     #[test]

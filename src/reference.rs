@@ -1,25 +1,90 @@
 //! What a picture is compared with: latents before a run, features at one timestep of it.
 
-use crate::{Features, Result};
+use crate::{Features, LabelMap, Result};
 use tch::Tensor;
 
-/// One style picture.
+/// One style picture, how much it counts, and which of its regions serve which of the picture's.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Style<T = Tensor> {
     /// The picture's latents (or features). A batch of 1 serves every picture of the batch; else one for each.
     pub of: T,
+    /// `w`, at least 0: its tokens count as if each were there so many times. Only ratios matter: 2 and 1 are the same as the
+    /// first style listed twice, and a single style's weight is without effect. A style of weight 0 is left out altogether.
+    pub weight: f64,
+    /// Of the style's pixels. A style without labels serves every region of the picture.
+    pub labels: Option<LabelMap>,
+    /// What the weight is multiplied with where the picture has a label, `(the picture's label, at least 0)`; 1 for labels not
+    /// listed, and the last of several for one label.
+    pub area_weights: Vec<(i64, f64)>,
+    /// `W(l, m)`: how much of the style's label `m` a place of the picture with the label `l` is to have, `(l, m, at least 0)`;
+    /// 0 for pairs not listed. None: 1 where the two are equal, else 0.
+    pub matches: Option<Vec<(i64, i64, f64)>>,
 }
 
 impl<T> Style<T> {
-    /// From latents `(1 or batch, channels, height, width)`, or from their features.
+    /// From latents `(1 or batch, channels, height, width)`, or from their features: of weight 1, without labels.
     pub fn new(of: T) -> Self {
-        Self { of }
+        Self { of, weight: 1.0, labels: None, area_weights: vec![], matches: None }
+    }
+
+    /// The same with another [`weight`](Self::weight).
+    #[must_use]
+    pub fn with_weight(mut self, weight: f64) -> Self {
+        self.weight = weight;
+        self
+    }
+
+    /// The same with labels of its pixels: its regions serve the picture's of the same labels. The map may be of any size;
+    /// it lies over the whole of the style.
+    #[must_use]
+    pub fn with_labels(mut self, labels: LabelMap) -> Self {
+        self.labels = Some(labels);
+        self
+    }
+
+    /// The same with [weights for areas](Self::area_weights) of the picture, in place of those before: a style for the sky and
+    /// another for the ground, without labels of the styles.
+    #[must_use]
+    pub fn with_area_weights(mut self, weights: impl IntoIterator<Item = (i64, f64)>) -> Self {
+        self.area_weights = weights.into_iter().collect();
+        self
+    }
+
+    /// The same with [pairs of labels](Self::matches), in place of equal ones: `(the picture's, the style's, weight)`.
+    #[must_use]
+    pub fn with_matches(mut self, matches: impl IntoIterator<Item = (i64, i64, f64)>) -> Self {
+        self.matches = Some(matches.into_iter().collect());
+        self
+    }
+
+    fn with<U>(&self, of: U) -> Style<U> {
+        Style {
+            of,
+            weight: self.weight,
+            labels: self.labels.as_ref().map(LabelMap::shallow_clone),
+            area_weights: self.area_weights.clone(),
+            matches: self.matches.clone(),
+        }
     }
 }
 
 /// The styles and the content that a picture is compared with. Batch means pictures being made; several references
 /// are several entries of `styles`, each of its own size. Empty by default.
+///
+/// # Regions and weights
+/// Each token `i` of the picture attends to the styles' tokens `j` with a bias on the scores,
+/// `softmax(s Q Ks^T / sqrt d + bias) Vs`, where for the style `r`
+/// `bias_r(i, j) = ln(sum over l, m of M(l, i) W_r(l, m) S_r(m, j)) + ln w_r`:
+/// `M(l, i)` is 1 where the picture's token has the label `l` ([`labels`](Self::labels)), `S_r(m, j)` where the style's has the
+/// label `m` ([`Style::labels`]), or how much of it has, in soft maps; `W_r` is 1 for equal labels, 0 for others, or what
+/// [`Style::matches`] says, times [`Style::area_weights`]; and `w_r` is [`Style::weight`]. So by default like attends to like.
+/// Soft maps let 1e-6 of everything through.
+///
+/// A token that is to see nothing sees every style as a whole: that happens where a region is too small for the coarse grid of
+/// a layer, and for labels that no style has, if that is [allowed](Self::allow_missing_labels).
+///
+/// Labels of the picture need a style that has some, or area weights; labels of a style need labels of the picture.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct References<T = Tensor> {
@@ -27,6 +92,10 @@ pub struct References<T = Tensor> {
     pub styles: Vec<Style<T>>,
     /// Whose layout to keep; of the picture's own size.
     pub content: Option<T>,
+    /// Of the picture being made, whatever its size: one map for all of the batch, or one for each.
+    pub labels: Option<LabelMap>,
+    /// Whether a label of the picture that no style has is no error: such places see every style as a whole.
+    pub allow_missing_labels: bool,
 }
 
 impl<T> Default for References<T> {
@@ -43,7 +112,7 @@ impl<T> References<T> {
 
     /// Several styles.
     pub fn styles(styles: impl IntoIterator<Item = Style<T>>) -> Self {
-        Self { styles: styles.into_iter().collect(), content: None }
+        Self { styles: styles.into_iter().collect(), content: None, labels: None, allow_missing_labels: false }
     }
 
     /// The same with a content.
@@ -53,14 +122,35 @@ impl<T> References<T> {
         self
     }
 
-    /// Each style in order, then the content, through `f`: the order of the authors' random draws.
+    /// The same with labels of the picture being made.
+    #[must_use]
+    pub fn with_labels(mut self, labels: LabelMap) -> Self {
+        self.labels = Some(labels);
+        self
+    }
+
+    /// The same, and a label that no style has is [no error](Self::allow_missing_labels).
+    #[must_use]
+    pub fn allow_missing_labels(mut self) -> Self {
+        self.allow_missing_labels = true;
+        self
+    }
+
+    /// Each style in order, then the content, through `f`: the order of the authors' random draws. Styles of weight 0 are left
+    /// out; labels and weights stay.
     ///
     /// # Errors
     /// Those of `f`.
     pub fn try_map<U>(&self, mut f: impl FnMut(&T) -> Result<U>) -> Result<References<U>> {
-        let styles = self.styles.iter().map(|style| Ok(Style { of: f(&style.of)? })).collect::<Result<_>>()?;
+        let counted = self.styles.iter().filter(|style| style.weight != 0.0);
+        let styles = counted.map(|style| Ok(style.with(f(&style.of)?))).collect::<Result<_>>()?;
         let content = self.content.as_ref().map(f).transpose()?;
-        Ok(References { styles, content })
+        Ok(self.with(styles, content))
+    }
+
+    fn with<U>(&self, styles: Vec<Style<U>>, content: Option<U>) -> References<U> {
+        let labels = self.labels.as_ref().map(LabelMap::shallow_clone);
+        References { styles, content, labels, allow_missing_labels: self.allow_missing_labels }
     }
 }
 
@@ -68,10 +158,8 @@ impl References<Tensor> {
     /// A second handle on the same tensors.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
-        Self {
-            styles: self.styles.iter().map(|style| Style { of: style.of.shallow_clone() }).collect(),
-            content: self.content.as_ref().map(Tensor::shallow_clone),
-        }
+        let styles = self.styles.iter().map(|style| style.with(style.of.shallow_clone())).collect();
+        self.with(styles, self.content.as_ref().map(Tensor::shallow_clone))
     }
 }
 
@@ -79,9 +167,7 @@ impl References<Features> {
     /// A second handle on the same tensors.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
-        Self {
-            styles: self.styles.iter().map(|style| Style { of: style.of.shallow_clone() }).collect(),
-            content: self.content.as_ref().map(Features::shallow_clone),
-        }
+        let styles = self.styles.iter().map(|style| style.with(style.of.shallow_clone())).collect();
+        self.with(styles, self.content.as_ref().map(Features::shallow_clone))
     }
 }

@@ -2,7 +2,7 @@
 //! knows.
 
 use crate::scalar::number;
-use crate::{Error, Result};
+use crate::{Error, LabelMap, Result};
 use std::iter::once;
 use tch::{Kind, Tensor};
 
@@ -155,6 +155,11 @@ impl Batch {
             &[_, _, height, width] if (height, width) == self.canvas => self.cut(latents),
             _ => Ok(latents.shallow_clone()),
         }
+    }
+
+    /// The canvas' labels under each view.
+    pub(crate) fn cut_labels(&self, labels: &LabelMap) -> Result<LabelMap> {
+        labels.crop(self.canvas, self.views.iter().map(|view| [view.top, view.left, view.height, view.width]))
     }
 }
 

@@ -5,7 +5,7 @@ use crate::adain::adain;
 use crate::optimizer::copy;
 use crate::scalar::WithNumber;
 use crate::windows::{Batch, Mean};
-use crate::{Denoiser, Error, Features, Noise, Optimizer, References, Result, Scheduler, Windows};
+use crate::{Denoiser, Error, Features, LabelMap, Noise, Optimizer, References, Result, Scheduler, Windows};
 use tch::{Kind, Tensor};
 
 /// What descents are held to, at the timestep that they happen at; made by the first of them.
@@ -97,7 +97,8 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
     }
 
     fn noised_styles(&mut self, timestep: f64) -> Result<Vec<Tensor>> {
-        self.references.styles.iter().map(|style| noised(self.scheduler.as_ref(), &mut self.noise, &style.of, timestep)).collect()
+        let counted = self.references.styles.iter().filter(|style| style.weight != 0.0);
+        counted.map(|style| noised(self.scheduler.as_ref(), &mut self.noise, &style.of, timestep)).collect()
     }
 
     /// The styles' features and the content's latents; the noise of all is drawn before the first pass.
@@ -122,6 +123,10 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
             tch::no_grad(|| self.extractor.extract(&content, timestep))
         };
         references.content = content.map(features).transpose()?;
+        references.labels = match (&references.labels, views) {
+            (Some(labels), Some(views)) => Some(views.cut_labels(labels)?),
+            (labels, _) => labels.as_ref().map(LabelMap::shallow_clone),
+        };
         Ok(references)
     }
 }

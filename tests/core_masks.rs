@@ -1,0 +1,526 @@
+//! Regions, soft maps and weights of styles on the toy network, against what they must equal.
+#![allow(clippy::disallowed_methods, missing_docs)] // A test may panic.
+
+mod toy;
+
+use attention_distillation::{
+    fill, AdLoss, AttentionHook, AttentionSite, Denoiser, Distiller, Error, FeatureExtractor, Features, LabelMap, LayerFeatures, Loss, Qkv,
+    References, Result, Style,
+};
+use tch::{Device, Kind, Tensor};
+use toy::{assert_same, difference, extractor, features, latents, noise, number, relative, Toy};
+
+/// f32 sums in another order.
+const ROUNDING: f64 = 1e-5;
+
+fn toy() -> Toy {
+    tch::set_num_threads(1);
+    Toy::new(Kind::Float)
+}
+
+/// Stripes of `values` from left to right, `(1, 1, h, w)`.
+fn stripes(values: &[i64], h: i64, w: i64) -> Tensor {
+    let row: Vec<i64> = (0..w).map(|x| values[(x as usize * values.len()) / w as usize]).collect();
+    Tensor::from_slice(&row).view([1, 1, 1, w]).expand([1, 1, h, w], false).contiguous()
+}
+
+fn map(values: &[i64], h: i64, w: i64) -> LabelMap {
+    LabelMap::new(&stripes(values, h, w)).unwrap()
+}
+
+/// The same regions as shares of 0 and 1, areas in the order of `of`.
+fn shares(values: &[i64], of: &[i64], h: i64, w: i64) -> Tensor {
+    let labels = stripes(values, h, w);
+    Tensor::cat(&of.iter().map(|&label| labels.eq(label).to_kind(Kind::Float)).collect::<Vec<_>>(), 1)
+}
+
+/// The loss and its gradient at timestep 500.
+fn loss(toy: &Toy, z: &Tensor, references: &References) -> Result<(Tensor, Tensor)> {
+    let extractor = extractor(toy);
+    let features = extractor.references(references, 500.0)?;
+    extractor.gradient(z, 500.0, &features, &AdLoss::default())
+}
+
+#[track_caller]
+fn same_to_the_bit(toy: &Toy, z: &Tensor, a: &References, b: &References) {
+    let (a, b) = (loss(toy, z, a).unwrap(), loss(toy, z, b).unwrap());
+    assert_same(&a.0, &b.0);
+    assert_same(&a.1, &b.1);
+}
+
+#[track_caller]
+fn close(toy: &Toy, z: &Tensor, a: &References, b: &References, tolerance: f64) {
+    let (a, b) = (loss(toy, z, a).unwrap(), loss(toy, z, b).unwrap());
+    assert!(relative(&a.0, &b.0) < tolerance, "{} and {}", number(&a.0), number(&b.0));
+    assert!(relative(&a.1, &b.1) < tolerance.max(1e-4), "gradients are off by {:.1e}", relative(&a.1, &b.1));
+}
+
+#[track_caller]
+fn differ(toy: &Toy, z: &Tensor, a: &References, b: &References) {
+    let (a, b) = (loss(toy, z, a).unwrap(), loss(toy, z, b).unwrap());
+    assert!(relative(&a.1, &b.1) > 0.01, "gradients are off by {:.1e} only", relative(&a.1, &b.1));
+}
+
+fn style(seed: u64, h: i64, w: i64) -> Style {
+    Style::new(latents(seed, h, w))
+}
+
+fn of(styles: impl IntoIterator<Item = Style>) -> References {
+    References::styles(styles)
+}
+
+/// `softmax(Q K^T / sqrt(d) + ln c) V` in f64, `c` `(tokens, style tokens)`.
+fn by_hand(picture: &Features, styles: &[&Features], c: &Tensor) -> f64 {
+    let f64_of = |t: &Tensor| t.to_kind(Kind::Double);
+    let layer_loss = |i: usize| {
+        let layer = picture.layers().nth(i).unwrap();
+        let join = |pick: fn(&LayerFeatures) -> &Tensor| {
+            Tensor::cat(&styles.iter().map(|style| f64_of(pick(style.layers().nth(i).unwrap()))).collect::<Vec<_>>(), 2)
+        };
+        let (key, value) = (join(|l| &l.key), join(|l| &l.value));
+        let scores = f64_of(&layer.query).matmul(&key.transpose(2, 3)) / (layer.query.size()[3] as f64).sqrt() + f64_of(c).log();
+        number(&(f64_of(&layer.output) - scores.softmax(-1, None::<Kind>).matmul(&value)).abs().mean(None::<Kind>))
+    };
+    (0..picture.len()).map(layer_loss).sum()
+}
+
+#[test]
+fn equal_weights_are_none() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let plain = of([style(2, 8, 8), style(3, 4, 6)]);
+    for weight in [1.0, 0.3, 1e30] {
+        same_to_the_bit(&toy, &z, &of([style(2, 8, 8).with_weight(weight), style(3, 4, 6).with_weight(weight)]), &plain);
+    }
+    same_to_the_bit(&toy, &z, &of([style(2, 8, 8).with_weight(7.0)]), &of([style(2, 8, 8)]));
+    // Only ratios count.
+    let weighted = |scale: f64| of([style(2, 8, 8).with_weight(3.0 * scale), style(3, 4, 6).with_weight(scale)]);
+    close(&toy, &z, &weighted(0.01), &weighted(1.0), ROUNDING);
+    differ(&toy, &z, &weighted(1.0), &plain);
+}
+
+#[test]
+fn twice_the_weight_is_listed_twice() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let weighted = of([style(2, 8, 8).with_weight(2.0), style(3, 4, 6)]);
+    close(&toy, &z, &weighted, &of([style(2, 8, 8), style(3, 4, 6), style(2, 8, 8)]), ROUNDING);
+    differ(&toy, &z, &weighted, &of([style(2, 8, 8), style(3, 4, 6)]));
+    // Also in another order, for two pictures and with another sharpness.
+    let pictures = Tensor::cat(&[latents(1, 6, 8), latents(4, 6, 8)], 0);
+    close(&toy, &pictures, &of([style(3, 4, 6), style(2, 8, 8).with_weight(2.0)]), &of([style(2, 8, 8), style(3, 4, 6), style(2, 8, 8)]), ROUNDING);
+}
+
+#[test]
+fn a_style_of_no_weight_is_left_out() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let with = of([style(9, 5, 5).with_weight(0.0), style(2, 8, 8), style(3, 4, 6)]);
+    same_to_the_bit(&toy, &z, &with, &of([style(2, 8, 8), style(3, 4, 6)]));
+    let before = toy.forwards.get();
+    let features = extractor(&toy).references(&with, 500.0).unwrap();
+    assert_eq!((features.styles.len(), toy.forwards.get() - before), (2, 2), "no pass for it either");
+    // Features of one's own may hold it.
+    let kept = References::styles([Style::new(toy::features(&toy, &latents(9, 5, 5))).with_weight(0.0), Style::new(toy::features(&toy, &z))]);
+    assert_eq!(number(&AdLoss::default().evaluate(&toy::features(&toy, &z), &kept).unwrap()), 0.0);
+    assert_eq!(kept.shallow_clone().styles.len(), 2);
+    let nothing = loss(&toy, &z, &of([style(2, 8, 8).with_weight(0.0)])).unwrap_err();
+    assert!(nothing.to_string().contains("styles"), "{nothing}");
+}
+
+#[test]
+fn the_loss_is_that_of_the_equation() {
+    let toy = toy();
+    // Not square, 3:2 and 1:4; each map of another size than its picture.
+    let (z, first, second) = (latents(1, 6, 9), latents(2, 4, 16), latents(3, 9, 6));
+    let labels = stripes(&[5, -3, 70_000_000_000], 60, 90);
+    let (labels_one, labels_two) = (stripes(&[-3, 5, 70_000_000_000, 5], 10, 33), stripes(&[70_000_000_000, -3], 9, 6));
+    let grid = |labels: &Tensor, h, w| labels.to_kind(Kind::Double).upsample_nearest2d([h, w], None, None).flatten(0, -1);
+    let c = |weight_two: f64| {
+        let ours = grid(&labels, 6, 9).unsqueeze(1);
+        let same = |theirs: &Tensor| ours.eq_tensor(&theirs.unsqueeze(0)).to_kind(Kind::Double);
+        Tensor::cat(&[same(&grid(&labels_one, 4, 16)), same(&grid(&labels_two, 9, 6)) * weight_two], 1)
+    };
+    let (picture, one, two) = (features(&toy, &z), features(&toy, &first), features(&toy, &second));
+    for weight in [1.0, 0.25] {
+        let styles = [
+            Style::new(one.shallow_clone()).with_labels(LabelMap::new(&labels_one).unwrap()),
+            Style::new(two.shallow_clone()).with_labels(LabelMap::new(&labels_two).unwrap()).with_weight(weight),
+        ];
+        let references = References::styles(styles).with_labels(LabelMap::new(&labels).unwrap());
+        let expected = by_hand(&picture, &[&one, &two], &c(weight));
+        let found = number(&AdLoss::default().evaluate(&picture, &references).unwrap());
+        assert!((found - expected).abs() < ROUNDING * expected, "{found} and {expected}");
+        assert!((found - by_hand(&picture, &[&one, &two], &c(weight).ones_like())).abs() > 1e-3 * expected, "the mask does something");
+    }
+}
+
+#[test]
+fn soft_maps_are_those_of_the_equation() {
+    let toy = toy();
+    let (z, theirs) = (latents(1, 4, 6), latents(2, 3, 5));
+    let soft = |seed, areas, h, w| (noise(seed, &[1, areas, h, w]) * 2.0).softmax(1, None::<Kind>);
+    let (ours_map, their_map) = (soft(5, 3, 17, 24), soft(6, 2, 9, 20));
+    let matches = [(0, 0, 1.0), (1, 1, 0.5), (2, 0, 0.25), (2, 1, 2.0)];
+    let table = Tensor::from_slice(&[1.0_f64, 0.0, 0.0, 0.5, 0.25, 2.0]).view([3, 2]);
+    let shares = |map: &Tensor, h, w| map.to_kind(Kind::Double).adaptive_avg_pool2d([h, w]).flatten(2, -1).squeeze_dim(0);
+    let c = shares(&ours_map, 4, 6).transpose(0, 1).matmul(&table).matmul(&shares(&their_map, 3, 5)) + 1e-6;
+    let (picture, style) = (features(&toy, &z), features(&toy, &theirs));
+    let made = Style::new(style.shallow_clone()).with_labels(LabelMap::soft(&their_map).unwrap()).with_matches(matches);
+    let references = References::styles([made]).with_labels(LabelMap::soft(&ours_map).unwrap());
+    let (found, expected) = (number(&AdLoss::default().evaluate(&picture, &references).unwrap()), by_hand(&picture, &[&style], &c));
+    assert!((found - expected).abs() < ROUNDING * expected, "{found} and {expected}");
+}
+
+#[test]
+fn one_label_is_no_map() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let plain = of([style(2, 8, 4), style(3, 4, 6)]);
+    let one = |label| map(&[label], 3, 5);
+    let labelled = of([style(2, 8, 4).with_labels(one(7)), style(3, 4, 6).with_labels(one(7))]).with_labels(one(7));
+    same_to_the_bit(&toy, &z, &labelled, &plain);
+    // A style without labels serves all.
+    same_to_the_bit(&toy, &z, &of([style(2, 8, 4).with_labels(one(7)), style(3, 4, 6)]).with_labels(one(7)), &plain);
+    // The other style's label is not that of the picture: it might as well not be there.
+    let other = of([style(2, 8, 4).with_labels(one(7)), style(3, 4, 6).with_labels(one(8))]).with_labels(one(7));
+    close(&toy, &z, &other, &of([style(2, 8, 4)]), ROUNDING);
+}
+
+#[test]
+fn names_of_labels_do_not_matter() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let named = |a, b, c| of([style(2, 8, 4).with_labels(map(&[a, c, b], 8, 30))]).with_labels(map(&[b, a, c, a], 12, 16));
+    let expected = named(0, 1, 2);
+    for (a, b, c) in [(2, 0, 1), (-5, 1 << 50, 255)] {
+        same_to_the_bit(&toy, &z, &named(a, b, c), &expected);
+    }
+    differ(&toy, &z, &expected, &of([style(2, 8, 4)]));
+    // In every kind that labels come in.
+    for kind in [Kind::Uint8, Kind::Int, Kind::Float, Kind::Double, Kind::Half] {
+        let map = |values: &[i64], h, w| LabelMap::new(&stripes(values, h, w).to_kind(kind)).unwrap();
+        let references = of([style(2, 8, 4).with_labels(map(&[0, 2, 1], 8, 30))]).with_labels(map(&[1, 0, 2, 0], 12, 16));
+        same_to_the_bit(&toy, &z, &references, &expected);
+    }
+}
+
+#[test]
+fn a_soft_map_of_a_hard_map_is_that_map() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    // Stripes end where tokens do: an average has nothing to mix.
+    let hard = of([style(2, 8, 6).with_labels(map(&[2, 0, 1], 8, 6))]).with_labels(map(&[0, 1, 2, 0], 12, 16));
+    let soft_map = |values: &[i64], h, w| LabelMap::soft(&shares(values, &[0, 1, 2], h, w)).unwrap();
+    let soft = of([style(2, 8, 6).with_labels(soft_map(&[2, 0, 1], 8, 6))]).with_labels(soft_map(&[0, 1, 2, 0], 12, 16));
+    let leak = 1e-4;
+    close(&toy, &z, &soft, &hard, leak);
+    // Either of the two may be soft.
+    let mixed = of([style(2, 8, 6).with_labels(map(&[2, 0, 1], 8, 6))]).with_labels(soft_map(&[0, 1, 2, 0], 12, 16));
+    close(&toy, &z, &mixed, &hard, leak);
+    let mixed = of([style(2, 8, 6).with_labels(soft_map(&[2, 0, 1], 8, 6))]).with_labels(map(&[0, 1, 2, 0], 12, 16));
+    close(&toy, &z, &mixed, &hard, leak);
+}
+
+#[test]
+fn a_style_for_each_area() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let ours = || map(&[10, 20], 6, 8);
+    let areas = of([style(2, 8, 4).with_area_weights([(20, 0.0)]), style(3, 4, 6).with_area_weights([(10, 0.0)])]).with_labels(ours());
+    // The same by a label for each style.
+    let labels = of([style(2, 8, 4).with_labels(map(&[10], 1, 1)), style(3, 4, 6).with_labels(map(&[20], 1, 1))]).with_labels(ours());
+    close(&toy, &z, &areas, &labels, ROUNDING);
+    // And by pairs: labels of the styles' own.
+    let own = |seed, h, w, ours| style(seed, h, w).with_labels(map(&[7], 2, 2)).with_matches([(ours, 7, 3.0)]);
+    close(&toy, &z, &of([own(2, 8, 4, 10), own(3, 4, 6, 20)]).with_labels(ours()), &labels, ROUNDING);
+    // Weights of 1 in each area are none.
+    let ones = of([style(2, 8, 4).with_area_weights([(20, 1.0)]), style(3, 4, 6)]).with_labels(ours());
+    same_to_the_bit(&toy, &z, &ones, &of([style(2, 8, 4), style(3, 4, 6)]));
+}
+
+#[test]
+fn a_label_that_no_style_has() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let lacking = || of([style(2, 8, 4).with_labels(map(&[1, 2], 8, 4)), style(3, 4, 6).with_labels(map(&[2], 4, 6)).with_weight(3.0)]);
+    let error = loss(&toy, &z, &lacking().with_labels(map(&[1, 2, 300], 6, 9))).unwrap_err().to_string();
+    assert!(error.contains("label 300") && error.contains("allow_missing_labels"), "{error}");
+    let painted = |values: &[i64]| {
+        let grey = stripes(values, 6, 9).to_kind(Kind::Float) / 255.0;
+        LabelMap::from_picture(&Tensor::cat(&[&grey, &grey.zeros_like(), &grey], 1)).unwrap()
+    };
+    let error = loss(&toy, &z, &of([style(2, 8, 4).with_labels(painted(&[255]))]).with_labels(painted(&[255, 16]))).unwrap_err().to_string();
+    assert!(error.contains("#100010") && error.contains("#ff00ff"), "{error}");
+
+    // Allowed: all of its places see the whole of both styles, with their weights.
+    let (value, gradient) = loss(&toy, &z, &lacking().with_labels(map(&[1, 2, 300], 6, 9)).allow_missing_labels()).unwrap();
+    assert!(value.isfinite().all().int64_value(&[]) == 1 && gradient.isfinite().all().int64_value(&[]) == 1);
+    let nowhere = lacking().with_labels(map(&[300], 2, 2)).allow_missing_labels();
+    close(&toy, &z, &nowhere, &of([style(2, 8, 4), style(3, 4, 6).with_weight(3.0)]), ROUNDING);
+    // Soft maps have a leak that does the same.
+    let soft = LabelMap::soft(&shares(&[2, 3], &[0, 1, 2, 3], 6, 8)).unwrap();
+    let error = loss(&toy, &z, &lacking().with_labels(soft.shallow_clone())).unwrap_err().to_string();
+    assert!(error.contains("label 3 "), "{error}");
+    let (value, gradient) = loss(&toy, &z, &lacking().with_labels(soft).allow_missing_labels()).unwrap();
+    assert!(number(&value).is_finite() && gradient.isfinite().all().int64_value(&[]) == 1);
+}
+
+/// The style has the label, but on the layer's grid nothing is left of it.
+#[test]
+fn a_region_that_no_grid_shows() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let speck = stripes(&[1], 64, 64);
+    let _ = speck.narrow(2, 33, 1).narrow(3, 33, 1).fill_(2);
+    let references = of([style(2, 8, 8).with_labels(LabelMap::new(&speck).unwrap())]).with_labels(map(&[2], 6, 8));
+    close(&toy, &z, &references, &of([style(2, 8, 8)]), ROUNDING);
+    let (value, gradient) =
+        loss(&toy, &z, &of([style(2, 8, 8).with_labels(LabelMap::new(&speck).unwrap())]).with_labels(map(&[2, 1], 6, 8))).unwrap();
+    assert!(number(&value).is_finite() && gradient.isfinite().all().int64_value(&[]) == 1);
+}
+
+/// Kernels go through the keys in blocks of a few hundred: some tokens see nothing of the first blocks.
+#[test]
+fn many_tokens_with_nothing_to_see_for_long() {
+    let (toy, z) = (toy(), latents(1, 32, 32));
+    let below = |labels: LabelMap| of([style(2, 64, 32).with_labels(labels)]).with_labels(map(&[2, 1], 32, 32));
+    let labels = Tensor::cat(&[stripes(&[1], 1, 1), stripes(&[2], 1, 1)], 2);
+    let (value, gradient) = loss(&toy, &z, &below(LabelMap::new(&labels).unwrap())).unwrap();
+    assert!(number(&value).is_finite() && gradient.isfinite().all().int64_value(&[]) == 1);
+}
+
+#[test]
+fn a_batch_of_maps() {
+    let toy = toy();
+    let pictures = [latents(1, 6, 8), latents(2, 6, 8)];
+    let maps = [stripes(&[1, 2], 6, 8), stripes(&[2, 1, 2], 6, 8)];
+    let theirs = || map(&[2, 1], 4, 6);
+    let references = |labels: &Tensor| of([style(3, 4, 6).with_labels(theirs())]).with_labels(LabelMap::new(labels).unwrap());
+    let (value, gradient) = loss(&toy, &Tensor::cat(&pictures, 0), &references(&Tensor::cat(&maps, 0))).unwrap();
+    let alone: Vec<_> = pictures.iter().zip(&maps).map(|(z, labels)| loss(&toy, z, &references(labels)).unwrap()).collect();
+    assert!((number(&value) - (number(&alone[0].0) + number(&alone[1].0)) / 2.0).abs() < 1e-5 * number(&value));
+    for (i, (_, alone)) in (0..).zip(&alone) {
+        assert!(relative(&(gradient.narrow(0, i, 1) * 2.0), alone) < 1e-4);
+    }
+    // A style for each picture, each with a map, and soft as well.
+    let both = Tensor::cat(&[latents(3, 4, 6), latents(4, 4, 6)], 0);
+    for soft in [false, true] {
+        let map = |tensors: &[&Tensor]| {
+            let labels = Tensor::cat(tensors, 0);
+            match soft {
+                true => LabelMap::soft(&Tensor::cat(&[labels.eq(1), labels.eq(2)], 1).to_kind(Kind::Float)).unwrap(),
+                false => LabelMap::new(&labels).unwrap(),
+            }
+        };
+        let theirs = [stripes(&[1, 2], 4, 6), stripes(&[2, 1], 4, 6)];
+        let styles = Style::new(both.shallow_clone()).with_labels(map(&[&theirs[0], &theirs[1]]));
+        let (_, gradient) = loss(&toy, &Tensor::cat(&pictures, 0), &of([styles]).with_labels(map(&[&maps[0], &maps[1]]))).unwrap();
+        for i in 0..2_usize {
+            let references = of([Style::new(both.narrow(0, i as i64, 1)).with_labels(map(&[&theirs[i]]))]).with_labels(map(&[&maps[i]]));
+            let (_, alone) = loss(&toy, &pictures[i], &references).unwrap();
+            assert!(relative(&(gradient.narrow(0, i as i64, 1) * 2.0), &alone) < 1e-4, "picture {i}, soft: {soft}");
+        }
+    }
+    let three = References::style(latents(3, 4, 6)).with_labels(LabelMap::new(&Tensor::cat(&[&maps[0], &maps[1], &maps[0]], 0)).unwrap());
+    let mut three = three;
+    three.styles[0].labels = Some(theirs());
+    assert!(matches!(loss(&toy, &Tensor::cat(&pictures, 0), &three), Err(Error::Argument { argument: "labels", .. })));
+}
+
+/// A network with text before the grid, as a joint attention has it.
+struct Joint(Toy);
+
+impl Denoiser for Joint {
+    type Condition = f64;
+
+    fn forward(&self, latents: &Tensor, timestep: f64, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        struct Prefixed<'a>(&'a mut dyn AttentionHook);
+        impl AttentionHook for Prefixed<'_> {
+            fn attend(&mut self, site: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
+                if site.kind != attention_distillation::AttentionKind::SelfAttention {
+                    return self.0.attend(site, qkv);
+                }
+                let text = noise(77, &[1, 2, 3, 8]).expand([qkv.query.size()[0], -1, -1, -1], false);
+                let join = |t: &Tensor| Tensor::cat(&[&text, t], 2);
+                let joint = Qkv::new(join(&qkv.query), join(&qkv.key), join(&qkv.value));
+                Ok(self.0.attend(&site.with_prefix(3), joint)?.slice(2, 3, None, 1))
+            }
+        }
+        self.0.run(latents, timestep, *condition, &mut Prefixed(hook)).map_err(Error::denoiser)
+    }
+}
+
+#[test]
+fn text_tokens_have_no_label() {
+    let joint = Joint(toy());
+    let extractor = FeatureExtractor::new(&joint, 1.0, 2..4);
+    let record = |z: &Tensor| tch::no_grad(|| extractor.extract(z, 500.0)).unwrap();
+    let (picture, style) = (record(&latents(1, 4, 6)), record(&latents(2, 3, 8)));
+    let (ours, theirs) = (stripes(&[1, 2], 4, 6).flatten(0, -1), stripes(&[2, 1], 3, 8).flatten(0, -1));
+    let seen = ours.unsqueeze(1).eq_tensor(&theirs.unsqueeze(0)).to_kind(Kind::Float);
+    let c = seen.constant_pad_nd([3, 0, 3, 0]);
+    let _ = c.narrow(0, 0, 3).fill_(1.0);
+    let _ = c.narrow(1, 0, 3).fill_(1.0);
+    let expected = by_hand(&picture, &[&style], &c);
+    let hard = References::styles([Style::new(style.shallow_clone()).with_labels(map(&[2, 1], 3, 8))]).with_labels(map(&[1, 2], 4, 6));
+    let soft_map = |values: &[i64], h, w| LabelMap::soft(&shares(values, &[1, 2], h, w)).unwrap();
+    let soft = References::styles([Style::new(style.shallow_clone()).with_labels(soft_map(&[2, 1], 3, 8))]).with_labels(soft_map(&[1, 2], 4, 6));
+    for (references, tolerance) in [(hard, ROUNDING), (soft, 1e-4)] {
+        let found = number(&AdLoss::default().evaluate(&picture, &references).unwrap());
+        assert!((found - expected).abs() < tolerance * expected, "{found} and {expected}");
+    }
+}
+
+#[test]
+fn the_bias_has_the_networks_kind() {
+    tch::set_num_threads(1);
+    let exact = loss(&Toy::new(Kind::Float), &latents(1, 6, 8), &masked()).unwrap();
+    for kind in [Kind::BFloat16, Kind::Half] {
+        let (value, gradient) = loss(&Toy::new(kind), &latents(1, 6, 8), &masked()).unwrap();
+        assert!(relative(&value, &exact.0) < 0.03, "{kind:?}: {} and {}", number(&value), number(&exact.0));
+        assert!(gradient.isfinite().all().int64_value(&[]) == 1);
+    }
+}
+
+fn masked() -> References {
+    of([style(2, 8, 4).with_labels(map(&[1, 2], 8, 4)), style(3, 4, 6).with_weight(2.0)]).with_labels(map(&[2, 1], 6, 8))
+}
+
+#[test]
+fn runs_carry_labels_along() {
+    let toy = toy();
+    let end = |references: References| {
+        let mut run = Distiller::new(extractor(&toy), vec![801.0, 401.0, 1.0], references, latents(1, 6, 8));
+        run.finish().unwrap()
+    };
+    let found = end(masked());
+    assert!(found.isfinite().all().int64_value(&[]) == 1);
+    let mut plain = masked();
+    plain.labels = None;
+    plain.styles[0].labels = None;
+    assert!(difference(&found, &end(plain)) > 1e-3);
+    let copied = extractor(&toy).references(&masked(), 500.0).unwrap().shallow_clone();
+    assert_eq!(copied.labels.unwrap().labels(), [1, 2]);
+    assert_eq!((copied.styles[1].weight, copied.styles[0].labels.as_ref().unwrap().labels()), (2.0, &[1_i64, 2][..]));
+}
+
+#[test]
+fn views_of_a_map() {
+    tch::set_num_threads(1);
+    let labels = (Tensor::arange(40 * 48, (Kind::Int64, Device::Cpu)).view([1, 1, 40, 48])) / 32;
+    let labels = labels.to_kind(Kind::Int64);
+    let map = LabelMap::new(&labels).unwrap();
+    let views = [[0, 0, 3, 4], [2, 2, 3, 4], [1, 1, 3, 4]];
+    let crops = map.crop((5, 6), views).unwrap();
+    assert_eq!((crops.batch().unwrap(), crops.size().unwrap(), crops.labels()), (3, (24, 32), map.labels()));
+    // By what they do: in each view the map is that of its part.
+    let toy = Toy::new(Kind::Float);
+    let of_part = |labels: LabelMap| of([style(2, 5, 6).with_labels(map.shallow_clone())]).with_labels(labels).allow_missing_labels();
+    let z: Vec<_> = (0..3).map(|i| latents(10 + i, 3, 4)).collect();
+    let (_, gradient) = loss(&toy, &Tensor::cat(&z, 0), &of_part(crops)).unwrap();
+    for (i, [top, left, height, width]) in views.into_iter().enumerate() {
+        let part = labels.narrow(2, top * 8, height * 8).narrow(3, left * 8, width * 8);
+        let (_, alone) = loss(&toy, &z[i], &of_part(LabelMap::new(&part).unwrap())).unwrap();
+        assert!(relative(&(gradient.narrow(0, i as i64, 1) * 3.0), &alone) < 1e-4, "view {i}");
+    }
+    // Sizes that do not divide; soft maps; labels smaller than the latents.
+    for (h, w) in [(41, 50), (2, 3)] {
+        assert_eq!(map.resized((h, w)).unwrap().crop((5, 6), views).unwrap().batch().unwrap(), 3);
+        assert!(LabelMap::soft(&Tensor::ones([1, 2, h, w], (Kind::Float, Device::Cpu))).unwrap().crop((5, 6), views).is_ok());
+    }
+    assert!(matches!(map.crop((5, 6), []), Err(Error::Argument { argument: "views", .. })));
+    for outside in [[0, 0, 6, 4], [3, 0, 3, 4], [-1, 0, 3, 4], [0, 0, 0, 4], [i64::MAX, 0, 3, 4], [0, 0, i64::MAX, 4]] {
+        assert!(matches!(map.crop((5, 6), [outside]), Err(Error::Argument { argument: "view", .. })), "{outside:?}");
+    }
+    assert!(matches!(map.crop((5, 6), [[0, 0, 3, 4], [0, 0, 3, 3]]), Err(Error::Shape { .. })));
+}
+
+#[test]
+fn painted_labels() {
+    tch::set_num_threads(1);
+    let colour = |rgb: [u8; 3]| Tensor::from_slice(&rgb.map(|byte| f32::from(byte) / 255.0)).view([1, 3, 1, 1]);
+    let colours = [[0, 0, 0], [0, 0, 100], [100, 100, 100], [255, 0, 1]];
+    let row = Tensor::cat(&colours.map(colour), 3);
+    let map = LabelMap::from_picture(&row).unwrap();
+    let coloured = |rgb: i64| (1 << 24) + rgb;
+    assert_eq!(map.labels(), [0, 100, coloured(0x64), coloured(0xff_00_01)]);
+    assert!(!map.is_soft());
+    let jpeg = noise(1, &[1, 3, 20, 20]).sigmoid();
+    let error = LabelMap::from_picture(&jpeg).unwrap_err().to_string();
+    assert!(error.contains("JPEG") && error.contains("400"), "{error}");
+    for bad in [row.narrow(1, 0, 1), row.squeeze_dim(0), row.narrow(3, 0, 0)] {
+        assert!(matches!(LabelMap::from_picture(&bad), Err(Error::Shape { .. })), "{:?}", bad.size());
+    }
+    assert!(matches!(LabelMap::from_picture(&(row * f64::NAN)), Err(Error::Argument { argument: "label picture", .. })));
+}
+
+#[test]
+fn bad_maps() {
+    tch::set_num_threads(1);
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    for shape in [&[4_i64, 4][..], &[1, 4, 4], &[1, 2, 4, 4], &[0, 1, 4, 4], &[1, 1, 0, 4]] {
+        assert!(matches!(LabelMap::new(&ones(shape)), Err(Error::Shape { .. })), "{shape:?}");
+    }
+    for value in [0.5, f64::NAN, f64::INFINITY, 1e30] {
+        assert!(matches!(LabelMap::new(&(ones(&[1, 1, 2, 2]) * value)), Err(Error::Argument { argument: "labels", .. })), "{value}");
+    }
+    let many = Tensor::arange(5000, (Kind::Int64, Device::Cpu)).view([1, 1, 50, 100]);
+    assert!(LabelMap::new(&many).unwrap_err().to_string().contains("5000"));
+    for shape in [&[4_i64, 4][..], &[1, 0, 4, 4], &[1, 2, 4, 0]] {
+        assert!(matches!(LabelMap::soft(&ones(shape)), Err(Error::Shape { .. })), "{shape:?}");
+    }
+    for value in [-0.1, 1.1, f64::NAN, 0.0] {
+        assert!(matches!(LabelMap::soft(&(ones(&[1, 2, 2, 2]) * value)), Err(Error::Argument { argument: "shares", .. })), "{value}");
+    }
+    assert!(map(&[1], 2, 2).resized((0, 3)).is_err());
+}
+
+#[test]
+fn bad_references() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let ours = || map(&[1, 2], 6, 8);
+    let one = || style(2, 8, 4);
+    let two = || of([one().with_labels(ours())]);
+    let failing = [
+        (of([one().with_weight(-1.0)]), "style weight"),
+        (of([one().with_weight(f64::NAN)]), "style weight"),
+        (of([one().with_weight(f64::INFINITY), one()]), "style weight"),
+        (of([one().with_area_weights([(1, f64::NAN)])]).with_labels(ours()), "style weight"),
+        (of([one().with_area_weights([(3, 1.0)])]).with_labels(ours()), "style weight"),
+        (of([one().with_labels(ours()).with_matches([(1, 1, -1.0)])]).with_labels(ours()), "style weight"),
+        (of([one().with_labels(ours()).with_matches([(1, 3, 1.0)])]).with_labels(ours()), "matches"),
+        (of([one().with_matches([(1, 1, 1.0)])]).with_labels(ours()), "matches"),
+        // One side alone.
+        (of([one()]).with_labels(ours()), "labels"),
+        (two(), "labels"),
+        (of([one().with_area_weights([(1, 1.0)])]), "labels"),
+    ];
+    for (references, argument) in failing {
+        match loss(&toy, &z, &references) {
+            // The toy's own error type stands in the way of none of them: the loss is evaluated outside of the pass.
+            Err(Error::Argument { argument: found, .. }) => assert_eq!(found, argument),
+            other => panic!("{argument}: {other:?}"),
+        }
+    }
+    assert!(loss(&toy, &z, &two().with_labels(ours())).is_ok());
+}
+
+#[test]
+fn filled_layouts() {
+    tch::set_num_threads(1);
+    let source = noise(1, &[1, 3, 8, 12]).sigmoid();
+    let filled = fill(&source, &map(&[4, 9], 8, 12), &map(&[9, 4, 9], 5, 9), 3).unwrap();
+    assert_eq!(filled.size(), [1, 3, 5, 9]);
+    // Each pixel is one of the source's region.
+    let regions = [(9, source.narrow(3, 6, 6)), (4, source.narrow(3, 0, 6))];
+    for (x, label) in (0..9).zip([9, 9, 9, 4, 4, 4, 9, 9, 9]) {
+        let region = &regions.iter().find(|(l, _)| *l == label).unwrap().1;
+        for y in 0..5 {
+            let pixel = filled.narrow(2, y, 1).narrow(3, x, 1);
+            let found = region.eq_tensor(&pixel).all_dim(1, false).any().int64_value(&[]);
+            assert_eq!(found, 1, "{x}, {y}");
+        }
+    }
+    // Labels of another size lie over the whole of the source.
+    assert!(fill(&source, &map(&[4, 9], 2, 2), &map(&[9, 4, 9], 5, 9), 3).unwrap().equal(&filled));
+    assert!(!fill(&source, &map(&[4, 9], 8, 12), &map(&[9, 4, 9], 5, 9), 4).unwrap().equal(&filled));
+    let error = fill(&source, &map(&[4, 9], 8, 12), &map(&[9, 5], 5, 9), 3).unwrap_err().to_string();
+    assert!(error.contains("label 5") && error.contains("4, 9"), "{error}");
+    let soft = LabelMap::soft(&shares(&[0, 1], &[0, 1], 8, 12)).unwrap();
+    assert!(fill(&source, &soft, &map(&[0], 5, 9), 3).is_err());
+    assert!(fill(&source.expand([2, -1, -1, -1], false), &map(&[4], 8, 12), &map(&[4], 5, 9), 3).is_err());
+    let batch = LabelMap::new(&Tensor::cat(&[stripes(&[4], 5, 9), stripes(&[4], 5, 9)], 0)).unwrap();
+    assert!(fill(&source, &map(&[4], 8, 12), &batch, 3).is_err());
+}
