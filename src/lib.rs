@@ -64,6 +64,8 @@
 //! | AdaIN of the latents, `(z - mean z) / std z * std s + mean s` | [`adain`], [`GuidedSampler::adain`](GuidedSampler) |
 //! | references noised to `t`, `sqrt(a) s + sqrt(1 - a) n` | [`Scheduler::add_noise`], [`Noise`] |
 //! | ControlNet: residuals in the noise prediction alone | [`Control`](crate::stable_diffusion::Control), [`ControlNet`](crate::stable_diffusion::ControlNet) |
+//! | seamless tiles: convolutions that go on at the other border | [`Seamless`](crate::stable_diffusion::Seamless) |
+//! | improved decoding: the decoder tuned to the reference by L1 and Adam | [`DecoderTuning`](crate::stable_diffusion::DecoderTuning) |
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
 //! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise; for each
