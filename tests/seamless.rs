@@ -16,6 +16,9 @@ const ROUNDINGS: f64 = 2e-5;
 /// And what it changes where borders do not meet, at least.
 const BORDERS: f64 = 1e-2;
 
+/// What the bundled U-Net's deepest layer sees as one place, in pixels.
+const DEEPEST: i64 = 16;
+
 fn random(seed: u64, shape: &[i64]) -> Tensor {
     Noise::seeded(seed).draw(&Tensor::zeros(shape, (Kind::Float, Device::Cpu))).unwrap()
 }
@@ -99,9 +102,26 @@ fn autoencoders_go_along_with_shifts() {
             let factor = vae.factor();
             let _guard = tch::no_grad_guard();
             follows_shifts(folder, seamless, &random(1, &[1, channels, 5, 6]), (1, factor), &|latents| vae.decode(latents).unwrap());
+            // The bundled encoder takes patches that know nothing of one another.
+            if folder.contains("mini") {
+                continue;
+            }
             let pixels = random(2, &[1, 3, 5 * factor, 6 * factor]);
             follows_shifts(folder, seamless, &pixels, (factor, 1), &|pixels| vae.encode(pixels).unwrap());
         }
+    }
+}
+
+/// The border of the bundled model's pictures is a place like any other.
+#[test]
+fn the_bundled_unet_goes_along_with_shifts() {
+    let _guard = tch::no_grad_guard();
+    for seamless in ALL {
+        let model = StableDiffusion::open(fixture("../../assets/mini"), Device::Cpu, Kind::Float).unwrap().with_seamless(seamless);
+        let condition = model.prompts(&[""], (32, 48)).unwrap();
+        follows_shifts("bundled", seamless, &random(1, &[1, 8, 8, 12]), (4, 4), &|latents| {
+            model.forward(latents, 501.0, &condition, &mut PlainAttention).unwrap()
+        });
     }
 }
 
@@ -164,35 +184,33 @@ fn the_setting_is_the_models_own() {
     all(&other).iter().zip(&first).for_each(|(ours, theirs)| assert!(ours.equal(theirs)));
 }
 
-/// Mean difference of neighbouring columns inside the picture, and of the last from the first.
-fn inside_and_seam(picture: &Tensor) -> (f64, f64) {
-    let steps = (picture - picture.roll(-1, 3)).abs().mean_dim(&[0_i64, 1, 2][..], false, Kind::Float);
-    let width = steps.size()[0];
-    (steps.narrow(0, 0, width - 1).mean(Kind::Float).double_value(&[]), steps.double_value(&[width - 1]))
+/// How much the last column differs from the first, over how much neighbouring ones do inside, at the borders of what the
+/// bundled U-Net's deepest layer sees as one place: there they differ most. To their mean, and to the largest.
+fn seam(picture: &Tensor) -> [f64; 2] {
+    let steps = (picture - picture.roll(-1, 3)).abs().mean_dim(&[0_i64, 1, 2][..], false, Kind::Float).slice(0, DEEPEST - 1, None, DEEPEST);
+    let inside = steps.narrow(0, 0, steps.size()[0] - 1);
+    let seam = steps.double_value(&[-1]);
+    [seam / inside.mean(Kind::Float).double_value(&[]), seam / inside.max().double_value(&[])]
 }
 
-fn ratios(picture: &Tensor) -> [f64; 2] {
-    [picture.shallow_clone(), picture.transpose(2, 3)].map(|picture| {
-        let (inside, seam) = inside_and_seam(&picture);
-        seam / inside
-    })
+fn seams(picture: &Tensor) -> [[f64; 2]; 2] {
+    [seam(picture), seam(&picture.transpose(2, 3))]
 }
 
 /// Where copies of it meet, a texture changes as it does inside; the same texture with borders does not, nor one that is
-/// decoded as if it had any.
+/// decoded as if it had any. Single lines differ a lot by chance, thus four pictures. Measured: see what is printed.
 #[test]
 fn a_texture_shows_no_seam() {
-    let folder = fixture("../../assets/mini");
     let style = image::load(fixture("../../assets/pictures/style_harvest.png")).unwrap();
-    let style = image::resize(&style, (128, 128)).unwrap();
+    let size = (96, 96);
+    let style = image::resize(&style, size).unwrap();
     let texture = |seamless: Seamless| {
-        let mut model = StableDiffusion::open(&folder, Device::Cpu, Kind::Float).unwrap().with_seamless(seamless);
-        let size = (128, 128);
-        let mut noise = Noise::seeded(1);
-        let start = model.noise(1, size, &mut noise).unwrap();
+        let mut model = StableDiffusion::open(fixture("../../assets/mini"), Device::Cpu, Kind::Float).unwrap().with_seamless(seamless);
+        let mut noise = Noise::seeded(2);
+        let start = model.noise(4, size, &mut noise).unwrap();
         let references = References::style(model.encode(&style).unwrap());
-        let guidance = model.guidance(&[""], None, 1.0, size).unwrap();
-        let mut run = GuidedSampler::new(model.extractor(size).unwrap(), model.ddim(8).unwrap(), guidance, references, start, noise);
+        let guidance = model.guidance(&[""; 4], None, 1.0, size).unwrap();
+        let mut run = GuidedSampler::new(model.extractor(size).unwrap(), model.ddim(6).unwrap(), guidance, references, start, noise);
         run.iterations = 2;
         let latents = run.finish().unwrap();
         drop(run);
@@ -200,19 +218,25 @@ fn a_texture_shows_no_seam() {
         model.set_tiling(Tiling::Always(Tiles { size: 16, overlap: 8 })).unwrap();
         let tiled = model.decode(&latents).unwrap();
         model.set_seamless(Seamless::None);
-        (whole, tiled, model.decode(&latents).unwrap())
+        [whole, tiled, model.decode(&latents).unwrap()].map(|picture| seams(&picture))
     };
-    for seamless in ALL {
-        let (whole, tiled, with_borders) = texture(seamless);
-        let (whole, tiled, with_borders) = (ratios(&whole), ratios(&tiled), ratios(&with_borders));
+    let mut comparison = Comparison::default();
+    for seamless in [Seamless::None, Seamless::Both] {
+        let [whole, tiled, with_borders] = texture(seamless);
         println!("{seamless:?}: seam over inside, x and y: whole {whole:.2?}, in tiles {tiled:.2?}, in tiles with borders {with_borders:.2?}");
-        for (axis, meets) in [seamless.x(), seamless.y()].into_iter().enumerate() {
-            for ratio in [whole[axis], tiled[axis]] {
-                assert!(if meets { ratio < 1.3 } else { ratio > 1.6 }, "{seamless:?}, axis {axis}: {whole:?} {tiled:?}");
+        let meets = seamless == Seamless::Both;
+        for axis in [0, 1] {
+            for [average, most] in [whole[axis], tiled[axis]] {
+                if !(if meets { average < 1.3 && most < 1.1 } else { average > 2.5 && most > 2.0 }) {
+                    comparison.fail(format!("{seamless:?}, axis {axis}: {average:.2} of the average, {most:.2} of the largest"));
+                }
             }
-            assert!(!meets || with_borders[axis] > tiled[axis], "{seamless:?}, axis {axis}");
+            if meets && with_borders[axis][0] < 1.3 * tiled[axis][0] {
+                comparison.fail(format!("{seamless:?}, axis {axis}: decoding with borders makes none"));
+            }
         }
     }
+    comparison.finish();
 }
 
 /// Tiles wrap around: what is decoded is near the whole also at the borders, and shifts by a tile's distance change nothing.
