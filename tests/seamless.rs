@@ -198,7 +198,8 @@ fn seams(picture: &Tensor) -> [[f64; 2]; 2] {
 }
 
 /// Where copies of it meet, a texture changes as it does inside; the same texture with borders does not, nor one that is
-/// decoded as if it had any. Single lines differ a lot by chance, thus four pictures. Measured: see what is printed.
+/// decoded as if it had any. Single lines differ a lot by chance, thus four pictures. Measured: 0.9 to 1.0
+/// times the average with borders that meet, 5 without, 1.7 to 2.1 where only the decoder has borders.
 #[test]
 fn a_texture_shows_no_seam() {
     let style = image::load(fixture("../../assets/pictures/style_harvest.png")).unwrap();
