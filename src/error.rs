@@ -107,13 +107,13 @@ pub enum Error {
 
     /// The loss or the latents became infinite or NaN. [`Distiller`](crate::Distiller) and
     /// [`GuidedSampler`](crate::GuidedSampler) say what state the run is in then.
-    #[error("the {what} became infinite or NaN in step {step} (timestep {timestep}); try a lower learning rate, or f32 or bf16 instead of f16")]
+    #[error("the {what} became infinite or NaN in step {step}{}; try a lower learning rate, or f32 or bf16 instead of f16", in_brackets(*.timestep))]
     NotFinite {
-        /// `loss` or `latents`.
+        /// `loss`, `latents`, or the `decoder` that is tuned.
         what: &'static str,
         /// The step at fault, from 1.
         step: usize,
-        /// Its timestep.
+        /// Its timestep; NaN where there are none, as an epoch of tuning has none.
         timestep: f64,
     },
 
@@ -169,6 +169,14 @@ impl Error {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
+    }
+}
+
+fn in_brackets(timestep: f64) -> String {
+    if timestep.is_nan() {
+        String::new()
+    } else {
+        format!(" (timestep {timestep})")
     }
 }
 

@@ -69,6 +69,8 @@
 //! | ControlNet: residuals in the noise prediction alone | [`Control`](crate::stable_diffusion::Control), [`ControlNet`](crate::stable_diffusion::ControlNet) |
 //! | expansion to any size: MultiDiffusion's mean of overlapping views in each step | [`Windows`], [`GuidedSampler::with_windows`] |
 //! | layout-edited textures: SDEdit, `z <- sqrt(a) edited + sqrt(1 - a) n` | [`GuidedSampler::edited`] |
+//! | seamless tiles: convolutions that go on at the other border | [`Seamless`](crate::stable_diffusion::Seamless) |
+//! | improved decoding: the decoder tuned to the reference by L1 and Adam | [`DecoderTuning`](crate::stable_diffusion::DecoderTuning) |
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
 //! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise; for each

@@ -59,7 +59,7 @@ impl AdamConfig {
         Self { learning_rate, ..Self::default() }
     }
 
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         check_learning_rate(self.learning_rate)?;
         for (name, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             if !(0.0..1.0).contains(&value) {

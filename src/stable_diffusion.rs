@@ -17,6 +17,7 @@ pub mod hub;
 mod layers;
 mod resnet;
 mod schedule;
+mod seamless;
 mod settings;
 mod text;
 mod time;
@@ -31,9 +32,10 @@ pub use condition::Condition;
 pub use control::Control;
 pub use controlnet::{ControlNet, Residuals};
 pub use schedule::scheduler_config;
+pub use seamless::Seamless;
 pub use tokenizer::ClipTokenizer;
 pub use unet::UNet;
-pub use vae::{AutoencoderKl, Tiles, Tiling};
+pub use vae::{AutoencoderKl, DecoderTuning, Tiles, Tiling, TuningConfig, TuningProgress};
 
 use crate::denoiser::plain_gradient;
 use crate::scalar::WithNumber;
@@ -68,6 +70,7 @@ pub struct StableDiffusion {
     controlnets: Vec<ControlNet>,
     checkpointing: bool,
     tiling: Tiling,
+    seamless: Seamless,
 }
 
 impl StableDiffusion {
@@ -110,7 +113,8 @@ impl StableDiffusion {
         if let Some(layers) = layers.filter(|layers| layers.end > count) {
             return Err(bad(format!("its attention_distillation.json names layers {}..{}, its U-Net has {count}", layers.start, layers.end)));
         }
-        Ok(Self { unet, vae, text, schedule, settings, device, kind, controlnets: vec![], checkpointing: false, tiling: Tiling::Auto })
+        let (tiling, seamless) = (Tiling::Auto, Seamless::None);
+        Ok(Self { unet, vae, text, schedule, settings, device, kind, controlnets: vec![], checkpointing: false, tiling, seamless })
     }
 
     /// The noise predictor.
@@ -121,6 +125,17 @@ impl StableDiffusion {
     /// The autoencoder.
     pub fn vae(&self) -> &AutoencoderKl {
         &self.vae
+    }
+
+    /// Takes another autoencoder in, such as one whose decoder was [tuned](DecoderTuning) to a picture.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for one of other channels or another factor, one on another device; the model is then as it was.
+    pub fn set_vae(&mut self, mut vae: AutoencoderKl) -> Result<()> {
+        vae.check_replaces(&self.vae)?;
+        vae.set_seamless(self.seamless);
+        self.vae = vae;
+        Ok(())
     }
 
     /// Where it runs.
@@ -172,13 +187,9 @@ impl StableDiffusion {
         self.fit_batch(1, size)
     }
 
-    fn fit_batch(&self, batch: i64, (height, width): (i64, i64)) -> Result<(i64, i64)> {
-        image::check_size((height, width))?;
+    fn fit_batch(&self, batch: i64, size: (i64, i64)) -> Result<(i64, i64)> {
+        let (fit_height, fit_width) = self.vae.fit(size)?;
         let factor = self.vae.factor();
-        let (fit_height, fit_width) = (height / factor * factor, width / factor * factor);
-        if fit_height == 0 || fit_width == 0 {
-            return Err(Error::argument("size", format!("{width}x{height} is too small; the model needs at least {factor}x{factor} pixels")));
-        }
         let latents = (fit_height / factor).saturating_mul(fit_width / factor);
         if self.device == Device::Cpu {
             let activations = if self.checkpointing { CHECKPOINTED } else { ACTIVATIONS };
@@ -201,6 +212,28 @@ impl StableDiffusion {
         tiling.check()?;
         self.tiling = tiling;
         Ok(())
+    }
+
+    /// Which borders of its pictures meet.
+    pub fn seamless(&self) -> Seamless {
+        self.seamless
+    }
+
+    /// Chooses which borders of its pictures meet, by default none: in the U-Net, the autoencoder, tiled or not, and
+    /// the ControlNets. References are encoded the same way. A [`Control`] is to be made afterwards, as its picture is
+    /// embedded then.
+    pub fn set_seamless(&mut self, seamless: Seamless) {
+        self.seamless = seamless;
+        self.unet.set_seamless(seamless);
+        self.vae.set_seamless(seamless);
+        self.controlnets.iter_mut().for_each(|net| net.set_seamless(seamless));
+    }
+
+    /// [`set_seamless`](Self::set_seamless), in one go with [`open`](Self::open).
+    #[must_use]
+    pub fn with_seamless(mut self, seamless: Seamless) -> Self {
+        self.set_seamless(seamless);
+        self
     }
 
     /// Latents `(batch, channels, height / factor, width / factor)` in f32, from a picture `(batch, 3, height, width)`

@@ -2,7 +2,10 @@
 
 use crate::{Error, Result};
 use safetensors::{tensor::TensorView, Dtype, SafeTensors};
-use std::path::Path;
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 use tch::{Device, Kind, Tensor};
 
 /// The kind that a safetensors dtype becomes; none for dtypes that networks are not stored in.
@@ -60,6 +63,11 @@ pub(crate) fn read(path: &Path) -> Result<Vec<(String, Tensor)>> {
 
 /// Writes tensors under a temporary name beside `path`, then renames.
 pub(crate) fn write(tensors: &[(String, Tensor)], path: &Path) -> Result<()> {
+    write_whole(path, &to_bytes(tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)), path)?)
+}
+
+/// The bytes of a file that is to be `path`.
+pub(crate) fn to_bytes<'t>(tensors: impl Iterator<Item = (&'t str, &'t Tensor)>, path: &Path) -> Result<Vec<u8>> {
     let mut stored = vec![];
     for (name, tensor) in tensors {
         let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
@@ -68,7 +76,7 @@ pub(crate) fn write(tensors: &[(String, Tensor)], path: &Path) -> Result<()> {
         let mut bytes = vec![0; tensor.numel().saturating_mul(kind.elt_size_in_bytes())];
         tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
         let shape = tensor.size().iter().map(|&side| usize::try_from(side).unwrap_or(0)).collect::<Vec<_>>();
-        stored.push((name.as_str(), dtype, shape, bytes));
+        stored.push((name, dtype, shape, bytes));
     }
     let refused = damaged(path);
     let views = stored
@@ -76,21 +84,34 @@ pub(crate) fn write(tensors: &[(String, Tensor)], path: &Path) -> Result<()> {
         .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>, _>>()
         .map_err(&refused)?;
-    let bytes = safetensors::serialize(views, None).map_err(&refused)?;
-    write_whole(path, &bytes)
+    // What Python's libraries write and some of them ask for.
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize(views, Some(format)).map_err(&refused)
 }
 
 /// A file appears whole or not at all: written under a temporary name beside it, then renamed.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_all(&[(path.to_owned(), bytes)])
+}
+
+/// The same for several files: none is renamed before all are written.
+pub(crate) fn write_all(files: &[(PathBuf, &[u8])]) -> Result<()> {
+    let parts = files.iter().map(|(path, _)| temporary(path)).collect::<Result<Vec<_>>>()?;
+    let each = || parts.iter().zip(files);
+    let written = each().try_for_each(|(part, (path, bytes))| std::fs::write(part, bytes).map_err(Error::io(path)));
+    let renamed = written.and_then(|()| each().try_for_each(|(part, (path, _))| std::fs::rename(part, path).map_err(Error::io(path))));
+    if renamed.is_err() {
+        // Best effort: the error to report is the first one.
+        parts.iter().for_each(|part| drop(std::fs::remove_file(part)));
+    }
+    renamed
+}
+
+/// A name beside `path` for what is to become it.
+pub(crate) fn temporary(path: &Path) -> Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| Error::argument("path", format!("`{}` names no file", path.display())))?;
     let mut part = std::ffi::OsString::from(".");
     part.push(name);
     part.push(format!(".{}.part", std::process::id()));
-    let part = path.with_file_name(part);
-    let written = std::fs::write(&part, bytes).and_then(|()| std::fs::rename(&part, path));
-    written.map_err(|source| {
-        // Best effort: the error to report is the first one.
-        let _ = std::fs::remove_file(&part);
-        Error::io(path)(source)
-    })
+    Ok(path.with_file_name(part))
 }

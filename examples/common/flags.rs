@@ -9,6 +9,9 @@ pub struct Shared {
     /// Model folder in diffusers layout, or a Hugging Face repo id (with the `hub` feature); default: the bundled model
     #[arg(long, value_name = "DIR|HUB-ID", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/mini"), hide_default_value = true)]
     pub model: String,
+    /// Autoencoder folder to use instead of the model's own, such as one that finetune_vae wrote
+    #[arg(long, value_name = "DIR")]
+    pub vae: Option<PathBuf>,
     /// The picture to write, PNG or JPEG by extension
     #[arg(long, value_name = "FILE", default_value = "out.png")]
     pub output: PathBuf,
@@ -76,7 +79,7 @@ impl Shared {
     }
 }
 
-fn size(text: &str) -> Result<Size, String> {
+pub fn size(text: &str) -> Result<Size, String> {
     let sides = text.split_once(['x', 'X']).and_then(|(width, height)| Some(Size(height.parse().ok()?, width.parse().ok()?)));
     sides.ok_or_else(|| "a size is WIDTHxHEIGHT in pixels, as in 512x384".into())
 }

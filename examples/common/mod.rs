@@ -8,9 +8,9 @@ mod progress;
 mod prompts;
 
 pub use control::ControlFlags;
-pub use flags::Shared;
-pub use model::open;
-pub use progress::follow;
+pub use flags::{size, Shared, Size};
+pub use model::{folder, open};
+pub use progress::{follow, stop_on_ctrl_c, stopped};
 pub use prompts::PromptFlags;
 
 use attention_distillation::{image, tch::Tensor, References, Result, Settings, StableDiffusion, Style};

@@ -1,6 +1,7 @@
 //! Opening what `--model` names.
 
 use super::Shared;
+use attention_distillation::stable_diffusion::AutoencoderKl;
 use attention_distillation::{tch::Kind, Error, Result, StableDiffusion};
 use std::path::{Path, PathBuf};
 
@@ -9,11 +10,14 @@ pub fn open(shared: &Shared) -> Result<StableDiffusion> {
     let kind = shared.kind(device)?;
     let mut model = StableDiffusion::open(folder(&shared.model, kind)?, device, kind)?;
     model.set_gradient_checkpointing(shared.low_memory);
+    if let Some(folder) = &shared.vae {
+        model.set_vae(AutoencoderKl::open(folder, device, kind)?)?;
+    }
     Ok(model)
 }
 
 /// A folder as it is; a repo id is fetched.
-fn folder(model: &str, kind: Kind) -> Result<PathBuf> {
+pub fn folder(model: &str, kind: Kind) -> Result<PathBuf> {
     if Path::new(model).exists() {
         return Ok(model.into());
     }

@@ -17,7 +17,7 @@ use std::{
 static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Ctrl-C ends the run after its current step, a second one at once. A handler can be set once only, runs may be several.
-fn stop_on_ctrl_c() {
+pub fn stop_on_ctrl_c() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let set = ctrlc::set_handler(|| {
@@ -29,6 +29,11 @@ fn stop_on_ctrl_c() {
             tracing::warn!(%error, "Ctrl-C will end the program at once");
         }
     });
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn stopped() -> bool {
+    STOP.load(Ordering::Relaxed)
 }
 
 /// Either procedure, as far as watching it goes.
@@ -89,12 +94,12 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
             run.check()?;
             save(&model.decode(run.latents())?, files)?;
         }
-        if STOP.load(Ordering::Relaxed) && step < steps {
+        if stopped() && step < steps {
             run.check()?;
             eprintln!("stopped after step {step} of {steps}");
             break;
         }
     }
     bar.iter().for_each(ProgressBar::finish_and_clear);
-    Ok((model.decode(run.latents())?, !STOP.load(Ordering::Relaxed)))
+    Ok((model.decode(run.latents())?, !stopped()))
 }

@@ -22,7 +22,7 @@ pub(crate) struct BlockShape {
 #[derive(Debug)]
 pub(crate) enum Layer {
     /// A residual block, and a transformer where there is one.
-    Block { resnet: Box<Resnet>, transformer: Option<Box<Transformer>>, skip: Skip },
+    Block { resnet: Box<Resnet>, transformer: Option<Transformer>, skip: Skip },
     /// Halves the sides; its output is a skip, too.
     Downsample(Downsample),
     /// Doubles them.
@@ -93,7 +93,7 @@ impl Layer {
 fn blocks(at: &Scope<'_>, shape: BlockShape, skip: Skip, inputs: impl Fn(i64) -> i64) -> Result<Vec<Layer>> {
     let block = |i: i64| {
         let resnet = Box::new(Resnet::new(&at.at("resnets").at(i), inputs(i), shape.outputs, shape.resnet)?);
-        let transformer = shape.transformer.map(|shape| Transformer::new(&at.at("attentions").at(i), shape).map(Box::new)).transpose()?;
+        let transformer = shape.transformer.map(|shape| Transformer::new(&at.at("attentions").at(i), shape)).transpose()?;
         Ok(Layer::Block { resnet, transformer, skip })
     };
     (0..shape.layers).map(block).collect()
@@ -112,7 +112,7 @@ pub(crate) fn down(at: &Scope<'_>, shape: BlockShape, downsample: Option<i64>) -
 pub(crate) fn mid(at: &Scope<'_>, channels: i64, style: ResnetStyle, transformer: Option<TransformerShape>) -> Result<Vec<Layer>> {
     let resnet = |i: i64| Resnet::new(&at.at("resnets").at(i), channels, channels, style).map(Box::new);
     let attends = transformer.is_some();
-    let transformer = transformer.map(|shape| Transformer::new(&at.at("attentions.0"), shape).map(Box::new)).transpose()?;
+    let transformer = transformer.map(|shape| Transformer::new(&at.at("attentions.0"), shape)).transpose()?;
     let mut layers = vec![Layer::Block { resnet: resnet(0)?, transformer, skip: Skip::None }];
     if attends {
         layers.push(Layer::Block { resnet: resnet(1)?, transformer: None, skip: Skip::None });

@@ -122,12 +122,14 @@ impl Guidance<Condition> {
 }
 
 impl StableDiffusion {
-    /// Takes a ControlNet in and returns its number, for [`control`](Self::control).
+    /// Takes a ControlNet in and returns its number, for [`control`](Self::control). Its borders meet where the
+    /// [model's](Self::set_seamless) do.
     ///
     /// # Errors
     /// [`Error::Config`] for one of another kind of model, as SDXL's for Stable Diffusion 1.5; one on another device.
-    pub fn add_controlnet(&mut self, net: ControlNet) -> Result<usize> {
+    pub fn add_controlnet(&mut self, mut net: ControlNet) -> Result<usize> {
         net.check_fits(&self.unet, self.vae.factor())?;
+        net.set_seamless(self.seamless);
         self.controlnets.push(net);
         Ok(self.controlnets.len() - 1)
     }

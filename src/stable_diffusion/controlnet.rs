@@ -4,7 +4,8 @@
 use super::config::Config;
 use super::control::check_strength;
 use super::encoder::{Encoder, Levels, Start};
-use super::layers::{Activation, Conv2d};
+use super::layers::{Activation, Conv2d, Padding};
+use super::seamless::{Borders, Seamless};
 use super::transformer::Pass;
 use super::weights::{Scope, Weights};
 use super::{Condition, UNet};
@@ -23,6 +24,7 @@ pub struct ControlNet {
     mid: Conv2d,
     bgr: bool,
     pooled: bool,
+    borders: Borders,
 }
 
 /// What a ControlNet adds to a U-Net of its kind, see [`UNet::forward_with`].
@@ -78,7 +80,14 @@ impl ControlNet {
             bgr: config.choice("controlnet_conditioning_channel_order", "rgb", &[("rgb", false), ("bgr", true)])?,
             pooled: config.flag("global_pool_conditions", false)?,
             encoder,
+            borders: at.borders(),
         })
+    }
+
+    /// Which borders of a picture meet, by default none: as with the U-Net that it steers. Pictures that were embedded
+    /// before keep their borders.
+    pub fn set_seamless(&mut self, seamless: Seamless) {
+        self.borders.set(seamless);
     }
 
     /// A control picture `(1 or batch, 3, height, width)` with values 0 to 1, as [`residuals`](Self::residuals) takes it:
@@ -203,7 +212,7 @@ impl PictureEmbedding {
         let mut blocks = vec![];
         for (&from, &to) in widths.iter().zip(widths.iter().skip(1)) {
             blocks.push(Conv2d::new(&at.at("blocks").at(blocks.len()), from, from, 3)?);
-            blocks.push(Conv2d::strided(&at.at("blocks").at(blocks.len()), from, to, 3, 2, 1)?);
+            blocks.push(Conv2d::strided(&at.at("blocks").at(blocks.len()), from, to, 3, 2, Padding::even(1))?);
         }
         Ok(Self {
             conv_in: Conv2d::new(&at.at("conv_in"), channels, first, 3)?,

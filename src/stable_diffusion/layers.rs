@@ -1,5 +1,6 @@
 //! The layers that networks are made of.
 
+use super::seamless::{wrap, Borders};
 use super::weights::Scope;
 use crate::scalar::WithNumber;
 use crate::Result;
@@ -36,22 +37,55 @@ pub(crate) struct Conv2d {
     weight: Tensor,
     bias: Tensor,
     stride: i64,
-    padding: i64,
+    padding: Padding,
+    borders: Borders,
+}
+
+/// Places laid before and after either axis: the other border's where opposite ones meet, else zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Padding {
+    pub(crate) before: i64,
+    pub(crate) after: i64,
+}
+
+impl Padding {
+    pub(crate) fn even(places: i64) -> Self {
+        Self { before: places, after: places }
+    }
 }
 
 impl Conv2d {
     /// Stride 1, sides kept.
     pub(crate) fn new(at: &Scope<'_>, inputs: i64, outputs: i64, kernel: i64) -> Result<Self> {
-        Self::strided(at, inputs, outputs, kernel, 1, kernel / 2)
+        Self::strided(at, inputs, outputs, kernel, 1, Padding::even(kernel / 2))
     }
 
-    pub(crate) fn strided(at: &Scope<'_>, inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: i64) -> Result<Self> {
+    pub(crate) fn strided(at: &Scope<'_>, inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: Padding) -> Result<Self> {
         let weight = at.tensor("weight", &[outputs, inputs, kernel, kernel])?;
-        Ok(Self { weight, bias: at.tensor("bias", &[outputs])?, stride, padding })
+        Ok(Self { weight, bias: at.tensor("bias", &[outputs])?, stride, padding, borders: at.borders() })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.f_conv2d(&self.weight, Some(&self.bias), [self.stride, self.stride], [self.padding, self.padding], [1, 1], 1)?)
+        let Padding { before, after } = self.padding;
+        let seamless = self.borders.get();
+        let mut x = x.shallow_clone();
+        let mut zeros = |meet: bool, axis: i64| -> Result<(i64, i64)> {
+            if !meet {
+                return Ok((before, after));
+            }
+            x = wrap(&x, axis, (before, after))?;
+            Ok((0, 0))
+        };
+        let (left, right) = zeros(seamless.x(), 3)?;
+        let (top, bottom) = zeros(seamless.y(), 2)?;
+        // The convolution itself lays as many on either side.
+        let own = if (left, top) == (right, bottom) {
+            [top, left]
+        } else {
+            x = x.f_constant_pad_nd([left, right, top, bottom])?;
+            [0, 0]
+        };
+        Ok(x.f_conv2d(&self.weight, Some(&self.bias), [self.stride, self.stride], own, [1, 1], 1)?)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Residual blocks, and the convolutions that halve and double a picture's sides.
 
-use super::layers::{Activation, Conv2d, GroupNorm, Linear};
+use super::layers::{Activation, Conv2d, GroupNorm, Linear, Padding};
 use super::weights::Scope;
 use crate::scalar::WithNumber;
 use crate::Result;
@@ -67,20 +67,16 @@ impl Resnet {
 #[derive(Debug)]
 pub(crate) struct Downsample {
     conv: Conv2d,
-    far_sides: bool,
 }
 
 impl Downsample {
     pub(crate) fn new(at: &Scope<'_>, channels: i64, padding: i64) -> Result<Self> {
-        Ok(Self { conv: Conv2d::strided(&at.at("conv"), channels, channels, 3, 2, padding)?, far_sides: padding == 0 })
+        let padding = if padding == 0 { Padding { before: 0, after: 1 } } else { Padding::even(padding) };
+        Ok(Self { conv: Conv2d::strided(&at.at("conv"), channels, channels, 3, 2, padding)? })
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if self.far_sides {
-            self.conv.forward(&x.f_constant_pad_nd([0, 1, 0, 1])?)
-        } else {
-            self.conv.forward(x)
-        }
+        self.conv.forward(x)
     }
 }
 

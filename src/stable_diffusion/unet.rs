@@ -5,6 +5,7 @@ use super::config::Config;
 use super::controlnet::Residuals;
 use super::encoder::{odd_kernel, Encoder, Levels, Start};
 use super::layers::{Activation, Conv2d, GroupNorm};
+use super::seamless::{Borders, Seamless};
 use super::transformer::Pass;
 use super::weights::{Scope, Weights};
 use super::{guidance, Condition};
@@ -23,6 +24,7 @@ pub struct UNet {
     conv_out: Conv2d,
     activation: Activation,
     sample_size: Option<(i64, i64)>,
+    borders: Borders,
 }
 
 /// Whether a block has attention, by the names of diffusers.
@@ -74,7 +76,13 @@ impl UNet {
             conv_out: Conv2d::new(&at.at("conv_out"), first, config.count("out_channels", 4)?, odd_kernel(config, "conv_out_kernel")?)?,
             activation: resnet.activation,
             sample_size: sample_size(config)?,
+            borders: at.borders(),
         })
+    }
+
+    /// Which borders of a picture meet, by default none.
+    pub fn set_seamless(&mut self, seamless: Seamless) {
+        self.borders.set(seamless);
     }
 
     /// How many self-attention layers it has: 16 in Stable Diffusion 1.5, 70 in SDXL.

@@ -1,17 +1,21 @@
 //! `AutoencoderKL`: pictures to latents and back, from its `config.json`.
 
+mod save;
 mod tiles;
+mod tuning;
 
 pub use tiles::{Tiles, Tiling};
+pub use tuning::{DecoderTuning, TuningConfig, TuningProgress};
 
 use super::config::Config;
 use super::layers::{merge_heads, split_heads, Activation, Conv2d, GroupNorm, Linear};
 use super::resnet::{Downsample, Resnet, ResnetStyle, Upsample};
+use super::seamless::{Borders, Seamless};
 use super::weights::{Scope, Weights};
 use crate::scalar::WithNumber;
-use crate::{Error, Qkv, Result};
+use crate::{image, Error, Qkv, Result};
 use serde_json::json;
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 use tch::{Device, Kind, Tensor};
 use tiles::Extent;
 
@@ -28,6 +32,11 @@ pub struct AutoencoderKl {
     latent_channels: i64,
     blocks: u32,
     kind: Kind,
+    device: Device,
+    config: Config,
+    /// The very tensors that the layers hold.
+    weights: BTreeMap<String, Tensor>,
+    borders: Borders,
 }
 
 impl AutoencoderKl {
@@ -42,12 +51,13 @@ impl AutoencoderKl {
         let config = Config::open(&folder.join("config.json"))?;
         let kind = if config.flag("force_upcast", true)? { Kind::Float } else { kind };
         let weights = Weights::open(folder, "diffusion_pytorch_model", kind == Kind::Half, device, kind)?;
-        let vae = Self::build(&config, &weights.root(), kind)?;
+        let mut vae = Self::build(&config, &weights.root(), (device, kind))?;
         weights.report();
+        vae.weights = weights.into_taken();
         Ok(vae)
     }
 
-    fn build(config: &Config, at: &Scope<'_>, kind: Kind) -> Result<Self> {
+    fn build(config: &Config, at: &Scope<'_>, (device, kind): (Device, Kind)) -> Result<Self> {
         config.require(&[("latents_mean", json!(null)), ("latents_std", json!(null))])?;
         let channels = config.counts("block_out_channels")?;
         let down = config.choices("down_block_types", &[("DownEncoderBlock2D", ())])?.len();
@@ -78,7 +88,16 @@ impl AutoencoderKl {
             latent_channels: latents,
             blocks: u32::try_from(channels.len()).unwrap_or(1),
             kind,
+            device,
+            config: config.clone(),
+            weights: BTreeMap::new(),
+            borders: at.borders(),
         })
+    }
+
+    /// Which borders of a picture meet, by default none.
+    pub fn set_seamless(&mut self, seamless: Seamless) {
+        self.borders.set(seamless);
     }
 
     /// Pixels per latent, along each side: 8 in Stable Diffusion.
@@ -89,6 +108,20 @@ impl AutoencoderKl {
     /// Channels of the latents.
     pub fn latent_channels(&self) -> i64 {
         self.latent_channels
+    }
+
+    /// The largest size within `(height, width)` pixels that it can take.
+    ///
+    /// # Errors
+    /// A size that is empty, absurd, or smaller than the [factor](Self::factor).
+    pub fn fit(&self, (height, width): (i64, i64)) -> Result<(i64, i64)> {
+        image::check_size((height, width))?;
+        let factor = self.factor();
+        let (fit_height, fit_width) = (height / factor * factor, width / factor * factor);
+        if fit_height == 0 || fit_width == 0 {
+            return Err(Error::argument("size", format!("{width}x{height} is too small; the model needs at least {factor}x{factor} pixels")));
+        }
+        Ok((fit_height, fit_width))
     }
 
     /// The posterior's mean, `(mean - shift_factor) * scaling_factor`, in f32.
@@ -116,6 +149,25 @@ impl AutoencoderKl {
             x = post_quant.forward(&x)?;
         }
         Ok(self.decoder.forward(&x)?.f_to_kind(Kind::Float)?)
+    }
+
+    /// Whether it can stand in for another one of a model.
+    pub(crate) fn check_replaces(&self, other: &Self) -> Result<()> {
+        let shape = |vae: &Self| (vae.pixel_channels, vae.latent_channels, vae.factor());
+        if shape(self) != shape(other) {
+            let words = |(pixels, latents, factor): (i64, i64, i64)| format!("{pixels} and {latents} channels and factor {factor}");
+            let reason = format!("an autoencoder of {}; the model's is of {}", words(shape(self)), words(shape(other)));
+            return Err(self.config.bad(reason));
+        }
+        if self.device != other.device {
+            return Err(Error::argument("vae", format!("is on {:?}, the model on {:?}; open both on one device", self.device, other.device)));
+        }
+        let scale = |vae: &Self| (vae.scaling_factor, vae.shift_factor);
+        if scale(self) != scale(other) {
+            let (ours, theirs) = (format!("{:?}", scale(self)), format!("{:?}", scale(other)));
+            tracing::warn!(ours, theirs, "the autoencoder has another scaling and shift factor than the model's own; was it made for another model?");
+        }
+        Ok(())
     }
 
     fn check_pixels(&self, pixels: &Tensor) -> Result<Extent> {

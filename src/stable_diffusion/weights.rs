@@ -1,12 +1,13 @@
 //! Weights from memory-mapped safetensors: one file, or several with an index.
 
 use super::config::Config;
+use super::seamless::Borders;
 use crate::{tensor_file, Error, Result};
 use memmap2::Mmap;
 use safetensors::{tensor::TensorView, Dtype, SafeTensors};
 use std::{
     cell::RefCell,
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     path::{Component, Path, PathBuf},
 };
@@ -16,7 +17,9 @@ use tch::{Device, Kind, Tensor};
 pub(crate) struct Weights {
     files: Vec<(PathBuf, Mmap)>,
     tensors: HashMap<String, Entry>,
-    taken: RefCell<BTreeSet<String>>,
+    /// Handles on what the network holds.
+    taken: RefCell<BTreeMap<String, Tensor>>,
+    borders: Borders,
     device: Device,
     kind: Kind,
 }
@@ -62,7 +65,7 @@ impl Weights {
             }
             files.push((path, map));
         }
-        Ok(Self { files, tensors, taken: RefCell::default(), device, kind })
+        Ok(Self { files, tensors, taken: RefCell::default(), borders: Borders::default(), device, kind })
     }
 
     /// Where names begin.
@@ -74,13 +77,18 @@ impl Weights {
     pub(crate) fn report(&self) {
         let taken = self.taken.borrow();
         // A buffer of 0, 1, 2 .. that old transformers saved with the weights.
-        let unused = self.tensors.keys().filter(|name| !taken.contains(*name) && !name.ends_with("position_ids")).collect::<BTreeSet<_>>();
+        let unused = self.tensors.keys().filter(|name| !taken.contains_key(*name) && !name.ends_with("position_ids")).collect::<BTreeSet<_>>();
         let file = self.path(0).display();
         tracing::debug!(%file, taken = taken.len(), "weights loaded");
         if !unused.is_empty() {
             let some = unused.iter().take(8).map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
             tracing::warn!(%file, unused = unused.len(), some, "tensors that the network has no use for");
         }
+    }
+
+    /// What the network holds, by name and in the order of names: the very tensors of its layers.
+    pub(crate) fn into_taken(self) -> BTreeMap<String, Tensor> {
+        self.taken.into_inner()
     }
 
     fn path(&self, file: usize) -> &Path {
@@ -101,9 +109,10 @@ impl Weights {
             let reason = format!("tensor `{name}` is of kind {:?}; f16, bf16 and f32 are read", entry.dtype);
             return Err(Error::Weights { file: file.to_owned(), reason });
         }
-        self.taken.borrow_mut().insert(name.to_owned());
         // Over the bus in the file's kind, which is never wider than needed.
-        Ok(tensor.f_to_device(self.device)?.f_to_kind(self.kind)?)
+        let tensor = tensor.f_to_device(self.device)?.f_to_kind(self.kind)?;
+        self.taken.borrow_mut().insert(name.to_owned(), tensor.shallow_clone());
+        Ok(tensor)
     }
 }
 
@@ -165,6 +174,11 @@ impl Scope<'_> {
         } else {
             format!("{}.{name}", self.prefix)
         }
+    }
+
+    /// What all convolutions of this network share.
+    pub(crate) fn borders(&self) -> Borders {
+        self.weights.borders.clone()
     }
 
     /// Whether a tensor of this name is there.

@@ -77,48 +77,77 @@ impl Tiles {
     }
 
     /// Where tiles begin along a side of `length` latents, and how long they are: all the same, evenly spread, so that none
-    /// is a narrow rest with statistics of its own.
-    fn along(self, length: i64) -> (Vec<i64>, i64) {
-        let rest = length - self.size;
-        if rest <= 0 {
+    /// is a narrow rest with statistics of its own. On a ring the last one overlaps the first.
+    fn along(self, length: i64, ring: bool) -> (Vec<i64>, i64) {
+        if length <= self.size {
             return (vec![0], length);
         }
         let step = self.size - self.overlap;
-        let gaps = (rest - 1) / step + 1;
-        ((0..=gaps).map(|i| (i128::from(rest) * i128::from(i) / i128::from(gaps)) as i64).collect(), self.size)
+        let way = if ring { length } else { length - self.size };
+        let gaps = (way - 1) / step + 1;
+        let count = if ring { gaps } else { gaps + 1 };
+        ((0..count).map(|i| (i128::from(way) * i128::from(i) / i128::from(gaps)) as i64).collect(), self.size)
     }
 }
 
 /// One tile's share of the picture along one side.
 struct Span {
-    /// In latents.
+    /// In latents. On a ring a span may reach beyond the end, and goes on at the beginning.
     start: i64,
     length: i64,
     /// One for each of its places in the output, `length` times the output's scale. Those of all spans add up to 1.
     weights: Vec<f32>,
 }
 
+impl Span {
+    /// Where it lies among `total` latents, in one piece or two: each with its own beginning within the span, its place, and its
+    /// length.
+    fn pieces(&self, total: i64) -> impl Iterator<Item = (i64, i64, i64)> {
+        let first = self.length.min(total - self.start);
+        let pieces = [(0, self.start, first), (first, 0, self.length - first)];
+        pieces.into_iter().filter(|(_, _, length)| *length > 0)
+    }
+
+    /// Its part of an input of `scale` places per latent.
+    fn of(&self, input: &Tensor, axis: i64, (total, scale): (i64, i64)) -> Result<Tensor> {
+        let pieces = self.pieces(total).map(|(_, place, length)| Ok(input.f_narrow(axis, place * scale, length * scale)?));
+        let pieces = pieces.collect::<Result<Vec<_>>>()?;
+        match pieces.as_slice() {
+            [whole] => Ok(whole.shallow_clone()),
+            pieces => Ok(Tensor::f_cat(pieces, axis)?),
+        }
+    }
+}
+
 /// The spans along a side of `length` latents, for an output of `scale` places per latent.
-fn spans(tiles: Tiles, length: i64, scale: i64) -> Vec<Span> {
-    let (starts, size) = tiles.along(length);
+fn spans(tiles: Tiles, length: i64, scale: i64, ring: bool) -> Vec<Span> {
+    let (starts, size) = tiles.along(length, ring);
     let places = size * scale;
     let overlaps = starts.windows(2).map(|pair| match pair {
         &[this, next] => (this + size - next) * scale,
         _ => 0,
     });
     let overlaps = overlaps.collect::<Vec<_>>();
-    let before = std::iter::once(0).chain(overlaps.iter().copied());
-    let after = overlaps.iter().copied().chain(std::iter::once(0));
+    let closing = match starts.last() {
+        Some(last) if ring && starts.len() > 1 => (last + size - length) * scale,
+        _ => 0,
+    };
+    let before = std::iter::once(closing).chain(overlaps.iter().copied());
+    let after = overlaps.iter().copied().chain(std::iter::once(closing));
     let raw = before.zip(after).map(|(before, after)| (0..places).map(|i| rise(i, before) * rise(places - 1 - i, after)).collect::<Vec<_>>());
     let raw = raw.collect::<Vec<_>>();
-    let mut sums = vec![0.0; usize::try_from(length * scale).unwrap_or(0)];
+    let total = usize::try_from(length * scale).unwrap_or(0);
+    let mut sums = vec![0.0; total];
     let skip = |start: i64| usize::try_from(start * scale).unwrap_or(0);
     for (&start, window) in starts.iter().zip(&raw) {
-        sums.iter_mut().skip(skip(start)).zip(window).for_each(|(sum, weight)| *sum += weight);
+        // What does not fit before the end goes on at the beginning.
+        let (first, second) = window.split_at_checked(total - skip(start)).unwrap_or((window, &[]));
+        sums.iter_mut().skip(skip(start)).zip(first).for_each(|(sum, weight)| *sum += weight);
+        sums.iter_mut().zip(second).for_each(|(sum, weight)| *sum += weight);
     }
     let share = |(&start, window): (&i64, Vec<f64>)| {
-        let weights = window.iter().zip(sums.iter().skip(skip(start))).map(|(weight, sum)| (weight / sum) as f32).collect();
-        Span { start, length: size, weights }
+        let sums = sums.iter().cycle().skip(skip(start));
+        Span { start, length: size, weights: window.iter().zip(sums).map(|(weight, sum)| (weight / sum) as f32).collect() }
     };
     starts.iter().zip(raw).map(share).collect()
 }
@@ -133,7 +162,7 @@ fn rise(place: i64, overlap: i64) -> f64 {
 
 impl AutoencoderKl {
     /// [`decode`](Self::decode) in overlapping tiles: takes the memory of one tile beside the picture. Latents that are no
-    /// larger than a tile give what `decode` gives.
+    /// larger than a tile give what `decode` gives. Where opposite borders [meet](Self::set_seamless), tiles overlap across them.
     ///
     /// # Errors
     /// As `decode`; [`Error::Argument`] for tiles of a size below 1 or an overlap that is not from 0 to below the size.
@@ -143,7 +172,7 @@ impl AutoencoderKl {
         if shape.height <= tiles.size && shape.width <= tiles.size {
             return self.decode(latents);
         }
-        blend(latents, shape, tiles, (1, self.factor()), self.pixel_channels, |tile| self.decode(tile))
+        self.blend(latents, shape, tiles, (1, self.factor()), self.pixel_channels, |tile| self.decode(tile))
     }
 
     /// [`encode`](Self::encode) in overlapping tiles, whose sides are in latents here, too.
@@ -156,7 +185,43 @@ impl AutoencoderKl {
         if shape.height <= tiles.size && shape.width <= tiles.size {
             return self.encode(pixels);
         }
-        blend(pixels, shape, tiles, (self.factor(), 1), self.latent_channels, |tile| self.encode(tile))
+        self.blend(pixels, shape, tiles, (self.factor(), 1), self.latent_channels, |tile| self.encode(tile))
+    }
+
+    /// Tile by tile through the network, each weighted and added to its place. `scales` are places per latent of input and output.
+    fn blend(
+        &self,
+        input: &Tensor,
+        shape: Extent,
+        tiles: Tiles,
+        scales: (i64, i64),
+        channels: i64,
+        network: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let (Extent { batch, height, width }, (from, to), device) = (shape, scales, input.device());
+        let seamless = self.borders.get();
+        let output = Tensor::f_zeros([batch, channels, height * to, width * to], (Kind::Float, device))?;
+        let rows = spans(tiles, height, to, seamless.y());
+        let columns = spans(tiles, width, to, seamless.x());
+        // Borders of a tile meet where they are the picture's.
+        let _restored = self.borders.within_parts(columns.len() > 1, rows.len() > 1);
+        for row in &rows {
+            let strip = row.of(input, 2, (height, from))?;
+            let down = Tensor::f_from_slice(&row.weights)?.f_to_device(device)?.f_unsqueeze(1)?;
+            for column in &columns {
+                let tile = network(&column.of(&strip, 3, (width, from))?)?;
+                let across = Tensor::f_from_slice(&column.weights)?.f_to_device(device)?;
+                let tile = tile.f_mul(&down)?.f_mul(&across)?;
+                for (top, y, high) in row.pieces(height) {
+                    for (left, x, wide) in column.pieces(width) {
+                        let part = tile.f_narrow(2, top * to, high * to)?.f_narrow(3, left * to, wide * to)?;
+                        let mut place = output.f_narrow(2, y * to, high * to)?.f_narrow(3, x * to, wide * to)?;
+                        let _ = place.f_add_(&part)?;
+                    }
+                }
+            }
+        }
+        Ok(output)
     }
 }
 
@@ -168,33 +233,6 @@ pub(super) struct Extent {
     pub(super) width: i64,
 }
 
-/// Tile by tile through the network, each weighted and added to its place. `scales` are places per latent of input and output.
-fn blend(
-    input: &Tensor,
-    shape: Extent,
-    tiles: Tiles,
-    scales: (i64, i64),
-    channels: i64,
-    network: impl Fn(&Tensor) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let (from, to) = scales;
-    let device = input.device();
-    let output = Tensor::f_zeros([shape.batch, channels, shape.height * to, shape.width * to], (Kind::Float, device))?;
-    let rows = spans(tiles, shape.height, to);
-    let columns = spans(tiles, shape.width, to);
-    for row in &rows {
-        let strip = input.f_narrow(2, row.start * from, row.length * from)?;
-        let down = Tensor::f_from_slice(&row.weights)?.f_to_device(device)?.f_unsqueeze(1)?;
-        for column in &columns {
-            let tile = network(&strip.f_narrow(3, column.start * from, column.length * from)?)?;
-            let across = Tensor::f_from_slice(&column.weights)?.f_to_device(device)?;
-            let mut place = output.f_narrow(2, row.start * to, row.length * to)?.f_narrow(3, column.start * to, column.length * to)?;
-            let _ = place.f_add_(&tile.f_mul(&down)?.f_mul(&across)?)?;
-        }
-    }
-    Ok(output)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,16 +242,25 @@ mod tests {
     fn weights_add_up() {
         for (size, overlap) in [(1, 0), (4, 0), (4, 1), (5, 4), (16, 4), (16, 12), (128, 32), (i64::MAX, 7)] {
             for (length, scale) in [(1, 8), (3, 1), (4, 1), (5, 4), (17, 8), (129, 1), (300, 2)] {
-                let spans = spans(Tiles { size, overlap }, length, scale);
-                let mut sums = vec![0.0_f32; (length * scale) as usize];
-                for span in &spans {
-                    assert!(span.length == size.min(length) && span.start >= 0 && span.start + span.length <= length);
-                    let first = (span.start * scale) as usize;
-                    sums.iter_mut().skip(first).zip(&span.weights).for_each(|(sum, weight)| *sum += weight);
-                }
-                assert!(sums.iter().all(|sum| (sum - 1.0).abs() < 1e-6), "{size} {overlap} {length}: {sums:?}");
-                for pair in spans.windows(2) {
-                    assert!(pair[0].start < pair[1].start && pair[0].start + size - pair[1].start >= overlap, "{size} {overlap} {length}");
+                for ring in [false, true] {
+                    let spans = spans(Tiles { size, overlap }, length, scale, ring);
+                    let case = format!("{size} {overlap} {length} {ring}");
+                    let mut sums = vec![0.0_f32; (length * scale) as usize];
+                    for span in &spans {
+                        assert!(span.length == size.min(length) && (0..length).contains(&span.start), "{case}");
+                        assert!(span.start + span.length <= length || ring, "{case}");
+                        for (first, place, count) in span.pieces(length) {
+                            let weights = span.weights.iter().skip((first * scale) as usize).take((count * scale) as usize);
+                            sums.iter_mut().skip((place * scale) as usize).zip(weights).for_each(|(sum, weight)| *sum += weight);
+                        }
+                    }
+                    assert!(sums.iter().all(|sum| (sum - 1.0).abs() < 1e-6), "{case}: {sums:?}");
+                    for pair in spans.windows(2) {
+                        assert!(pair[0].start < pair[1].start && pair[0].start + size - pair[1].start >= overlap, "{case}");
+                    }
+                    if ring && spans.len() > 1 {
+                        assert!(spans[spans.len() - 1].start + size - length >= overlap, "{case}: the last meets the first");
+                    }
                 }
             }
         }

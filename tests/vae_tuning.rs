@@ -1,0 +1,335 @@
+//! Tuning a decoder to a picture: the numbers of `tools/reference`, what it keeps, what it writes, what it refuses.
+#![cfg(feature = "stable-diffusion")]
+#![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)] // A test may panic.
+
+mod common;
+mod example;
+mod model_copy;
+
+use attention_distillation::stable_diffusion::{AutoencoderKl, DecoderTuning, Seamless, TuningConfig};
+use attention_distillation::{image, Error, Noise, Result, StableDiffusion};
+use common::{fixture, Comparison, Expected, ACTIVATIONS};
+use example::{differ, finished, texts, Place};
+use model_copy::ModelCopy;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use tch::{Device, Kind, Tensor};
+
+fn open(folder: impl AsRef<Path>) -> AutoencoderKl {
+    tch::set_num_threads(1);
+    AutoencoderKl::open(folder, Device::Cpu, Kind::Float).unwrap()
+}
+
+fn tiny() -> AutoencoderKl {
+    open(fixture("sd15/vae"))
+}
+
+fn random(seed: u64, shape: &[i64]) -> Tensor {
+    Noise::seeded(seed).draw(&Tensor::zeros(shape, (Kind::Float, Device::Cpu))).unwrap()
+}
+
+fn picture() -> Tensor {
+    random(5, &[1, 3, 32, 40]).sigmoid()
+}
+
+fn epochs(epochs: usize) -> TuningConfig {
+    let mut config = TuningConfig::default();
+    config.epochs = epochs;
+    config
+}
+
+fn rate(rate: f64) -> TuningConfig {
+    let mut config = epochs(3);
+    config.learning_rate = rate;
+    config
+}
+
+fn decoded(vae: &AutoencoderKl) -> Tensor {
+    vae.decode(&random(6, &[1, 4, 3, 5])).unwrap()
+}
+
+/// All files with their bytes.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap_or_default())).collect()
+}
+
+fn weights(folder: &Path) -> BTreeMap<String, Tensor> {
+    Tensor::read_safetensors(folder.join("diffusion_pytorch_model.safetensors")).unwrap().into_iter().collect()
+}
+
+#[track_caller]
+fn refused<T>(outcome: Result<T>, words: &[&str]) -> Error {
+    let Err(error) = outcome else { panic!("was taken") };
+    let message = error.to_string();
+    for word in words {
+        assert!(message.contains(word), "does not name `{word}`: {message}");
+    }
+    error
+}
+
+#[test]
+fn like_torch() {
+    let expected = Expected::read("vae_tuning");
+    let mut comparison = Comparison::default();
+    let mut vae = tiny();
+    let mut tuning = DecoderTuning::new(&mut vae, expected.get("picture"), epochs(5)).unwrap();
+    let mut losses = vec![];
+    while let Some(progress) = tuning.advance().unwrap() {
+        losses.push(progress.loss);
+    }
+    comparison.close("losses", &Tensor::from_slice(&losses), &expected.get("losses").to_kind(Kind::Double), 1e-4);
+    comparison.close("decoded", &vae.decode(expected.get("latents")).unwrap(), expected.get("decoded"), ACTIVATIONS);
+    let folder = tempfile::tempdir().unwrap();
+    vae.save(folder.path()).unwrap();
+    comparison.close("weight", &weights(folder.path())["decoder.conv_out.weight"], expected.get("weight"), ACTIVATIONS);
+    comparison.finish();
+}
+
+/// A real picture and the bundled model, in a few epochs.
+#[test]
+fn a_picture_becomes_clearer() {
+    let vae = open(fixture("../../assets/mini/vae"));
+    let picture = image::load(fixture("../../assets/pictures/style_harvest.png")).unwrap();
+    let picture = image::resize(&picture, (128, 128)).unwrap();
+    let mut config = epochs(8);
+    config.learning_rate = 1e-3;
+    let mut tuning = DecoderTuning::new(vae, &picture, config).unwrap();
+    let before = tuning.psnr().unwrap();
+    let first = tuning.advance().unwrap().unwrap();
+    assert_eq!((first.epoch, first.epochs, tuning.epoch()), (1, 8, 1));
+    assert!((first.psnr - before).abs() < 1e-4, "an epoch tells what was before it");
+    tuning.finish().unwrap();
+    assert!(tuning.advance().unwrap().is_none());
+    let after = tuning.psnr().unwrap();
+    println!("{before:.2} dB before, {after:.2} dB after");
+    assert!(after > before + 0.3, "{before} {after}");
+    let shown = tuning.decoded().unwrap();
+    let error = (shown - picture).square().mean(Kind::Float).double_value(&[]);
+    assert!((after + 10.0 * error.log10()).abs() < 1e-3);
+}
+
+/// The decoder alone moves, and nothing of it requires a gradient afterwards.
+#[test]
+fn only_the_decoder_learns() {
+    let (mut vae, original) = (tiny(), tiny());
+    let folder = tempfile::tempdir().unwrap();
+    let mut tuning = DecoderTuning::new(&mut vae, &picture(), epochs(2)).unwrap();
+    tuning.finish().unwrap();
+    assert!(!decoded(tuning.vae()).requires_grad());
+    assert!(!decoded(&vae).equal(&decoded(&original)));
+    assert!(vae.encode(&(picture() * 2.0 - 1.0)).unwrap().equal(&original.encode(&(picture() * 2.0 - 1.0)).unwrap()));
+    vae.save(folder.path()).unwrap();
+    let (tuned, original) = (weights(folder.path()), weights(&fixture("sd15/vae")));
+    assert_eq!(tuned.keys().collect::<Vec<_>>(), original.keys().collect::<Vec<_>>());
+    for (name, tensor) in &tuned {
+        assert_eq!(!tensor.equal(&original[name]), name.starts_with("decoder."), "{name}");
+    }
+}
+
+/// Stopped after some epochs it is as far as a shorter tuning comes; nobody else's decoder has moved.
+#[test]
+fn stopped_tunings_keep_what_they_have() {
+    let (mut stopped, mut short, untouched) = (tiny(), tiny(), decoded(&tiny()));
+    let other = tiny();
+    let mut tuning = DecoderTuning::new(&mut stopped, &picture(), epochs(50)).unwrap();
+    assert!(decoded(tuning.vae()).equal(&untouched));
+    for _ in 0..2 {
+        tuning.advance().unwrap().unwrap();
+    }
+    drop(tuning);
+    DecoderTuning::new(&mut short, &picture(), epochs(2)).unwrap().finish().unwrap();
+    assert!(decoded(&stopped).equal(&decoded(&short)) && !decoded(&stopped).equal(&untouched));
+    assert!(decoded(&other).equal(&untouched));
+}
+
+#[test]
+fn an_epoch_that_fails_changes_nothing() {
+    let before = decoded(&tiny());
+    // Beyond f32, weights become infinite at once.
+    let mut tuning = DecoderTuning::new(tiny(), &picture(), rate(1e300)).unwrap();
+    for _ in 0..2 {
+        let error = refused(tuning.advance(), &["the decoder became infinite or NaN in step 1;", "lower learning rate"]);
+        assert!(matches!(error, Error::NotFinite { what: "decoder", step: 1, .. }));
+        assert_eq!(tuning.epoch(), 0);
+        assert!(decoded(tuning.vae()).equal(&before) && !decoded(tuning.vae()).requires_grad());
+    }
+    // Too large a step, of which the next epoch suffers: the decoder stays where the first left it.
+    let mut tuning = DecoderTuning::new(tiny(), &picture(), rate(1e20)).unwrap();
+    tuning.advance().unwrap();
+    let first = decoded(tuning.vae());
+    assert!(matches!(tuning.advance(), Err(Error::NotFinite { what: "loss", step: 2, .. })));
+    assert_eq!(tuning.epoch(), 1);
+    assert!(decoded(tuning.vae()).nan_to_num(0.0, None, None).equal(&first.nan_to_num(0.0, None, None)));
+    // A picture that is no number.
+    let mut tuning = DecoderTuning::new(tiny(), &(picture() * f64::NAN), epochs(1)).unwrap();
+    assert!(matches!(tuning.advance(), Err(Error::NotFinite { what: "loss", step: 1, .. })));
+    assert!(decoded(tuning.vae()).equal(&before));
+}
+
+#[test]
+fn what_is_refused() {
+    for shape in [vec![1, 3, 32, 36], vec![1, 1, 32, 32], vec![3, 32, 32], vec![1, 3, 0, 32], vec![0, 3, 32, 32]] {
+        let picture = Tensor::zeros(&shape, (Kind::Float, Device::Cpu));
+        assert!(matches!(DecoderTuning::new(tiny(), &picture, epochs(1)), Err(Error::Shape { name: "picture", .. })), "{shape:?}");
+    }
+    refused(DecoderTuning::new(tiny(), &picture(), epochs(0)), &["epochs", "at least 1"]);
+    for bad in [f64::NAN, f64::INFINITY, -1e-4] {
+        refused(DecoderTuning::new(tiny(), &picture(), rate(bad)), &["learning rate"]);
+    }
+    // Other kinds lose small steps.
+    let copy = ModelCopy::new();
+    copy.set("vae/config.json", "force_upcast", json!(false));
+    let half = AutoencoderKl::open(copy.path("vae"), Device::Cpu, Kind::BFloat16).unwrap();
+    refused(DecoderTuning::new(half, &picture(), epochs(1)), &["BFloat16", "Kind::Float"]);
+}
+
+/// What is written opens to the same numbers; the folder that it came from is as it was.
+#[test]
+fn saved_and_opened() {
+    for (model, old_names) in [("sd15/vae", false), ("vae_old_names", true), ("vae_plain", false)] {
+        let before = files(&fixture(model));
+        let mut vae = open(fixture(model));
+        let factor = vae.factor();
+        let picture = random(5, &[1, 3, 4 * factor, 5 * factor]).sigmoid();
+        DecoderTuning::new(&mut vae, &picture, epochs(1)).unwrap().finish().unwrap();
+        let place = tempfile::tempdir().unwrap();
+        let folder = place.path().join("tuned");
+        vae.save(&folder).unwrap();
+        assert_eq!(files(place.path()).len(), 1, "nothing else is left");
+        assert_eq!(files(&folder).keys().collect::<Vec<_>>(), ["config.json", "diffusion_pytorch_model.safetensors"]);
+        assert_eq!(files(&fixture(model)), before);
+        let again = open(&folder);
+        let latents = random(6, &[1, vae.latent_channels(), 3, 5]);
+        assert!(again.decode(&latents).unwrap().equal(&vae.decode(&latents).unwrap()), "{model}");
+        assert!(again.encode(&picture).unwrap().equal(&vae.encode(&picture).unwrap()), "{model}");
+        assert_eq!(weights(&folder).keys().any(|name| name.ends_with("proj_attn.weight")), old_names);
+        let json = |folder: &Path| serde_json::from_slice::<serde_json::Value>(&fs::read(folder.join("config.json")).unwrap()).unwrap();
+        assert_eq!(json(&folder), json(&fixture(model)));
+        // Over itself.
+        again.save(&folder).unwrap();
+        assert!(open(&folder).decode(&latents).unwrap().equal(&vae.decode(&latents).unwrap()), "{model}");
+        assert_eq!(files(&folder).len(), 2);
+    }
+}
+
+#[test]
+fn folders_that_are_not_written() {
+    let vae = tiny();
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name);
+    fs::write(path("file"), "text").unwrap();
+    refused(vae.save(path("file")), &["is a file", "file"]);
+    refused(vae.save(path("missing/tuned")), &["missing does not exist"]);
+    refused(vae.save(""), &["names no folder"]);
+    let copy = ModelCopy::new();
+    let before = files(&copy.path("unet"));
+    refused(vae.save(copy.path("unet")), &["UNet2DConditionModel", "another folder"]);
+    assert_eq!(files(&copy.path("unet")), before);
+    fs::create_dir(path("weights")).unwrap();
+    fs::write(path("weights/diffusion_pytorch_model.safetensors"), "").unwrap();
+    refused(vae.save(path("weights")), &["config.json"]);
+    for name in ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.json"] {
+        copy.write(&format!("vae/{name}"), "");
+        refused(vae.save(copy.path("vae")), &[name]);
+        copy.remove(&format!("vae/{name}"));
+    }
+    // An autoencoder's own folder, and one with something else in it.
+    vae.save(copy.path("vae")).unwrap();
+    fs::create_dir(path("notes")).unwrap();
+    fs::write(path("notes/notes.txt"), "text").unwrap();
+    vae.save(path("notes")).unwrap();
+    assert_eq!(files(&path("notes")).len(), 3);
+    assert_eq!(files(place.path()).keys().collect::<Vec<_>>(), ["file", "notes", "weights"]);
+}
+
+#[test]
+fn a_model_takes_it_in() {
+    let mut model = StableDiffusion::open(fixture("sd15"), Device::Cpu, Kind::Float).unwrap().with_seamless(Seamless::Both);
+    let latents = random(6, &[1, 4, 3, 5]);
+    let before = model.decode(&latents).unwrap();
+    model.set_vae(tiny()).unwrap();
+    assert!(model.decode(&latents).unwrap().equal(&before), "seamless as the model is");
+    let mut tuning = DecoderTuning::new(tiny(), &picture(), epochs(2)).unwrap();
+    tuning.finish().unwrap();
+    model.set_vae(tuning.into_inner()).unwrap();
+    let after = model.decode(&latents).unwrap();
+    assert!(!after.equal(&before));
+    refused(model.set_vae(open(fixture("vae_plain"))), &["config.json", "factor 2", "factor 8"]);
+    assert!(model.decode(&latents).unwrap().equal(&after), "as it was");
+}
+
+// ---- the example program
+
+fn place() -> Place {
+    Place::of("finetune_vae")
+}
+
+const QUICK: [&str; 6] = ["--image", "style.png", "--epochs", "2", "--device", "cpu"];
+
+#[test]
+fn the_program_writes_a_folder_for_the_others() {
+    let place = place();
+    let outcome = place.run(&[&QUICK[..], &["--lr", "1e-3", "--output", "tuned", "--sheet", "sheet.png"]].concat());
+    finished(&outcome, "tuned");
+    let (stdout, stderr) = texts(&outcome);
+    assert!(stdout.starts_with("PSNR ") && stdout.lines().count() == 2, "{stdout}");
+    assert!(stderr.lines().any(|line| line.starts_with("epoch 2/2 loss ")), "{stderr}");
+    assert_eq!(example::size(&image::load(place.path("sheet.png")).unwrap()), (32, 3 * 64 + 2 * 8));
+    drop(open(place.path("tuned")));
+
+    let transfer = Place::of("style_transfer");
+    let flags = ["--content", "content.png", "--style", "style.png", "--steps", "1"];
+    let plain = transfer.draw(&flags, "plain.png");
+    let own = fixture("sd15/vae");
+    let same = transfer.draw(&[&flags[..], &["--vae", own.to_str().unwrap()]].concat(), "same.png");
+    let tuned = place.path("tuned");
+    let tuned = transfer.draw(&[&flags[..], &["--vae", tuned.to_str().unwrap()]].concat(), "tuned.png");
+    assert_eq!(differ(&plain, &same), 0.0);
+    assert!(differ(&plain, &tuned) > 0.0);
+    transfer.refused(&[&flags[..], &["--vae", fixture("vae_plain").to_str().unwrap()]].concat(), &["vae_plain", "factor"]);
+    transfer.refused(&[&flags[..], &["--vae", "missing"]].concat(), &["missing"]);
+
+    // Further, from what there is.
+    let outcome = place.run(&[&QUICK[..], &["--vae", "tuned", "--output", "tuned", "--size", "16x24"]].concat());
+    finished(&outcome, "tuned");
+}
+
+#[test]
+fn the_program_refuses() {
+    let place = place();
+    for (flags, words) in [
+        (["--image", "style.png", "--epochs", "0", "--output", "tuned"].as_slice(), ["epochs", "at least 1"].as_slice()),
+        (&["--image", "style.png", "--lr", "nan", "--output", "tuned"], &["learning rate"]),
+        (&["--image", "missing.png", "--output", "tuned"], &["missing.png"]),
+        (&["--image", "style.png", "--output", "other.png"], &["other.png", "is a file"]),
+        (&["--image", "style.png", "--output", "no/tuned"], &["no does not exist"]),
+        (&["--image", "style.png", "--size", "4x4", "--output", "tuned"], &["4x4"]),
+        (&["--image", "style.png", "--vae", "missing", "--output", "tuned"], &["missing"]),
+    ] {
+        place.refused(flags, words);
+    }
+    place.misused(&["--output", "tuned"], &["--image"]);
+    place.misused(&["--image", "style.png"], &["--output"]);
+}
+
+/// Ctrl-C keeps what there is.
+#[cfg(unix)]
+#[test]
+fn the_program_stops() {
+    let place = place();
+    let flags = ["--image", "style.png", "--epochs", "800", "--device", "cpu", "--output", "tuned"];
+    let mut child = place.command(&example::tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let first = lines.next().unwrap().unwrap();
+    assert!(first.starts_with("epoch 80/800 loss "), "{first}");
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let rest: Vec<String> = lines.map(|line| line.unwrap()).collect();
+    assert!(rest.last().is_some_and(|line| line.starts_with("stopped after epoch ") && line.ends_with(" of 800")), "{rest:?}");
+    finished(&child.wait_with_output().unwrap(), "tuned");
+    drop(open(place.path("tuned")));
+}
