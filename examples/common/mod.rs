@@ -6,12 +6,14 @@ mod flags;
 mod model;
 mod progress;
 mod prompts;
+mod regions;
 
 pub use control::ControlFlags;
 pub use flags::{size, Shared, Size};
 pub use model::{folder, open};
 pub use progress::{follow, stop_on_ctrl_c, stopped};
 pub use prompts::PromptFlags;
+pub use regions::RegionFlags;
 
 use attention_distillation::{image, tch::Tensor, References, Result, Settings, StableDiffusion, Style};
 use std::{path::PathBuf, process::ExitCode};

@@ -1,0 +1,65 @@
+//! A texture in an edited layout: SDEdit, held to the layout and to the texture.
+//!
+//! `cargo run --release --example edit_texture -- --layout edited.png --style texture.jpg --strength 0.6`
+
+mod common;
+
+use attention_distillation::{image, GuidedSampler, Noise, Result, Settings};
+use clap::Parser;
+use std::{path::PathBuf, process::ExitCode};
+
+/// Turns a picture that was cut, pasted and smeared together from a texture into one that looks grown.
+#[derive(Debug, Parser)]
+struct Flags {
+    /// The edited picture
+    #[arg(long, value_name = "FILE")]
+    layout: PathBuf,
+    /// The texture that it is to be made of; may be given several times
+    #[arg(long, value_name = "FILE", required = true)]
+    style: Vec<PathBuf>,
+    /// How much of the sampling is done anew: near 0 the layout stays as it is, 1 begins with noise alone
+    #[arg(long, value_name = "F", default_value_t = 0.6, allow_hyphen_values = true)]
+    strength: f64,
+    #[command(flatten)]
+    shared: common::Shared,
+}
+
+fn main() -> ExitCode {
+    common::show_warnings();
+    common::report(run(&Flags::parse()))
+}
+
+/// By sampling, with as much content loss as style transfer has.
+fn task() -> Settings {
+    Settings::style_transfer_by_sampling()
+}
+
+fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
+    let shared = &flags.shared;
+    shared.over(task())?;
+    let files = common::files(shared, 1);
+    common::check_outputs(shared, &files)?;
+    let layout = image::load(&flags.layout)?;
+    let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
+
+    let model = common::open(shared)?;
+    let settings = shared.over(model.settings(task())?)?;
+    let size = common::output_size(&model, shared, &settings, Some(&layout))?;
+    let layout = image::resize(&layout, size)?;
+    let styles = common::scaled_to_area(&model, &styles, size)?;
+    let references = common::references(&model, &styles, Some(&layout))?;
+    let latents = model.encode(&layout)?;
+
+    let mut extractor = model.extractor(size)?;
+    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+    let mut noise = Noise::seeded(shared.seed);
+    let start = model.noise(1, size, &mut noise)?;
+    let guidance = model.guidance(&[""], None, settings.guidance, size)?;
+    let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
+    let mut run = run.with_settings(&settings)?.edited(&latents, flags.strength)?;
+    let (picture, _) = common::follow(&mut run, &model, shared, &files)?;
+    common::save(&picture, &files)?;
+    let inputs: Vec<_> = std::iter::once(&layout).chain(&styles).collect();
+    common::sheet(shared, &inputs, &[picture])?;
+    Ok(files)
+}

@@ -1,0 +1,74 @@
+//! A texture expanded to any size: MultiDiffusion, each window held to the texture.
+//!
+//! `cargo run --release --example texture_expansion -- --style texture.jpg --size 1536x512`
+
+mod common;
+
+use attention_distillation::{image, tch::Kind, tch::Tensor, GuidedSampler, Noise, Result, Settings, Windows};
+use clap::Parser;
+use std::{path::PathBuf, process::ExitCode};
+
+/// Makes a texture of any size, in overlapping windows; memory is that of a few windows, however large it gets.
+#[derive(Debug, Parser)]
+struct Flags {
+    /// The texture to expand; may be given several times
+    #[arg(long, value_name = "FILE", required = true)]
+    style: Vec<PathBuf>,
+    /// Side of the windows, in latents
+    #[arg(long, value_name = "N", default_value_t = Windows::default().size)]
+    window: i64,
+    /// From one window to the next, in latents: the smaller, the smoother and slower
+    #[arg(long, value_name = "N", default_value_t = Windows::default().stride)]
+    stride: i64,
+    /// Windows in one pass of the network
+    #[arg(long, value_name = "N", default_value_t = Windows::default().batch)]
+    view_batch: usize,
+    /// Draw fresh noise for the style in each batch of windows, the authors' way, and not once in each step
+    #[arg(long)]
+    reference_per_batch: bool,
+    #[command(flatten)]
+    regions: common::RegionFlags,
+    #[command(flatten)]
+    shared: common::Shared,
+}
+
+fn main() -> ExitCode {
+    common::show_warnings();
+    common::report(run(&Flags::parse()))
+}
+
+fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
+    let shared = &flags.shared;
+    shared.over(Settings::texture_expansion())?;
+    let windows = Windows::new(flags.window, flags.stride).with_batch(flags.view_batch).with_reference_per_batch(flags.reference_per_batch);
+    windows.check()?;
+    let files = common::files(shared, 1);
+    common::check_outputs(shared, &files)?;
+    let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
+    let regions = flags.regions.load(styles.len())?;
+
+    let model = common::open(shared)?;
+    let settings = shared.over(model.settings(Settings::texture_expansion())?)?;
+    // The canvas may be larger than what the network could take at once; a window may not.
+    let size = model.vae().fit(settings.size.unwrap_or((512, 512)))?;
+    let factor = model.vae().factor();
+    let window = model.fit((flags.window.saturating_mul(factor).min(size.0), flags.window.saturating_mul(factor).min(size.1)))?;
+    let styles = common::scaled_to_area(&model, &styles, window)?;
+    let mut references = common::references(&model, &styles, None)?;
+    if let Some(regions) = &regions {
+        references = regions.of(references)?;
+    }
+
+    let mut extractor = model.extractor(size)?;
+    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+    let mut noise = Noise::seeded(shared.seed);
+    let canvas = [1, model.unet().in_channels(), size.0 / factor, size.1 / factor];
+    let start = noise.draw(&Tensor::f_zeros(canvas, (Kind::Float, model.device()))?)?;
+    let guidance = model.guidance(&[""], None, settings.guidance, size)?;
+    let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
+    let mut run = run.with_settings(&settings)?.with_windows(windows);
+    let (picture, _) = common::follow(&mut run, &model, shared, &files)?;
+    common::save(&picture, &files)?;
+    common::sheet(shared, &styles.iter().collect::<Vec<_>>(), &[picture])?;
+    Ok(files)
+}

@@ -1,0 +1,133 @@
+//! New textures like a given one; with masks, in a layout of one's own.
+//!
+//! `cargo run --release --example texture_synthesis -- --style texture.jpg --method sample`
+
+mod common;
+
+use attention_distillation::stable_diffusion::Seamless;
+use attention_distillation::{fill, image, tch::Tensor, Distiller, GuidedSampler, Noise, Result, Settings};
+use clap::{Parser, ValueEnum};
+use std::{path::PathBuf, process::ExitCode};
+
+/// Makes textures like one or several others, from noise; with masks, from a layout filled with their pixels.
+#[derive(Debug, Parser)]
+struct Flags {
+    /// A texture to be like; may be given several times
+    #[arg(long, value_name = "FILE", required = true)]
+    style: Vec<PathBuf>,
+    /// Optimise latents, or sample
+    #[arg(long, value_enum, default_value_t = Method::Optimise)]
+    method: Method,
+    /// Pictures to make at once
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+    count: u16,
+    /// Which borders of the result meet without a seam; the sheet then shows it laid 2x2
+    #[arg(long, value_enum, default_value_t = Tile::None)]
+    tile: Tile,
+    /// With masks: start from noise and hold no content, instead of filling the target from the first style's regions
+    #[arg(long, requires = "target_mask")]
+    no_fill: bool,
+    #[command(flatten)]
+    regions: common::RegionFlags,
+    #[command(flatten)]
+    shared: common::Shared,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum Method {
+    Optimise,
+    Sample,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum Tile {
+    None,
+    X,
+    Y,
+    Both,
+}
+
+fn main() -> ExitCode {
+    common::show_warnings();
+    common::report(run(&Flags::parse()))
+}
+
+fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
+    let shared = &flags.shared;
+    shared.over(flags.task())?;
+    let files = common::files(shared, flags.count.into());
+    common::check_outputs(shared, &files)?;
+    let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
+    let regions = flags.regions.load(styles.len())?;
+
+    let mut model = common::open(shared)?;
+    model.set_seamless(flags.tile.seamless());
+    let mut settings = model.settings(flags.task())?;
+    let filled = regions.is_some() && !flags.no_fill;
+    if filled && settings.content_weight == 0.0 {
+        // What a texture from noise has no use for, a layout needs.
+        settings.content_weight = model.settings(Settings::style_transfer())?.content_weight;
+    }
+    let settings = shared.over(settings)?;
+    let size = common::output_size(&model, shared, &settings, None)?;
+    let styles = common::scaled_to_area(&model, &styles, size)?;
+    let mut references = common::references(&model, &styles, None)?;
+    let mut layout = None;
+    if let Some(regions) = &regions {
+        if let (true, [source, ..], [labels, ..]) = (filled, styles.as_slice(), regions.styles.as_slice()) {
+            let picture = fill(source, labels, &regions.target.resized(size)?, shared.seed)?;
+            references.content = Some(model.encode(&picture)?);
+            layout = Some(picture);
+        }
+        references = regions.of(references)?;
+    }
+
+    let mut extractor = model.extractor(size)?;
+    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+    let mut noise = Noise::seeded(shared.seed);
+    let start = model.noise(flags.count.into(), size, &mut noise)?;
+    let (pictures, _) = if flags.method == Method::Sample {
+        let guidance = model.guidance(&[""], None, settings.guidance, size)?;
+        let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
+        common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
+    } else {
+        let timesteps = model.timesteps(settings.steps)?;
+        let mut run = match &references.content {
+            Some(_) => Distiller::style_transfer(extractor, timesteps, references, settings.content_weight)?,
+            None => Distiller::new(extractor, timesteps, references, start.shallow_clone()),
+        };
+        // One layout, as many pictures as were asked for: noise of a hundredth sets them apart.
+        if layout.is_some() && flags.count > 1 {
+            let apart = start.f_mul(&Tensor::from(0.01_f32))?;
+            run.latents = run.latents.f_add(&apart)?;
+        }
+        common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
+    };
+    common::save(&pictures, &files)?;
+    let shown = match flags.tile {
+        Tile::None => pictures,
+        _ => pictures.f_repeat([1, 1, 2, 2])?,
+    };
+    common::sheet(shared, &styles.iter().chain(&layout).collect::<Vec<_>>(), &[shown])?;
+    Ok(files)
+}
+
+impl Flags {
+    fn task(&self) -> Settings {
+        match self.method {
+            Method::Optimise => Settings::texture_synthesis(),
+            Method::Sample => Settings::texture_by_sampling(),
+        }
+    }
+}
+
+impl Tile {
+    fn seamless(self) -> Seamless {
+        match self {
+            Self::None => Seamless::None,
+            Self::X => Seamless::X,
+            Self::Y => Seamless::Y,
+            Self::Both => Seamless::Both,
+        }
+    }
+}
