@@ -5,7 +5,7 @@
 mod common;
 
 use attention_distillation::stable_diffusion::StableDiffusion;
-use attention_distillation::{ContentLoss, GuidedSampler, Noise, References, Windows};
+use attention_distillation::{ContentLoss, GuidedSampler, LabelMap, Noise, References, Windows};
 use common::{fixture, relative, Comparison, Expected, ACTIVATIONS};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -38,6 +38,11 @@ fn case(name: &str, change: impl FnOnce(&mut Value)) -> Result<(), f64> {
     let mut references = References::style(encode("style0"));
     references.content = case["content"].as_str().map(&mut encode);
     let content = references.content.as_ref().map(Tensor::shallow_clone);
+    if case["masked"] == true {
+        let labels = |name| LabelMap::new(expected.get(name)).unwrap();
+        references.styles[0].labels = Some(labels("style0.labels"));
+        references = references.with_labels(labels("labels"));
+    }
 
     let prompts = vec![""; whole("count") as usize];
     let guidance = model.guidance(&prompts, None, 1.0, size).unwrap();
@@ -99,6 +104,12 @@ fn expansion_with_one_reference_per_step() {
     case("texture_expansion_shared", |_| ()).unwrap();
 }
 
+/// Two rows of views, the last column clamped, and each view with its part of the labels.
+#[test]
+fn expansion_with_regions() {
+    case("texture_expansion_masked", |_| ()).unwrap();
+}
+
 /// SDEdit: the layout is noised, and held to by the content loss.
 #[test]
 fn edited_layout() {
@@ -113,6 +124,7 @@ fn slips_are_seen() {
         ("texture_expansion", "stride", Value::from(8)),
         ("texture_expansion_shared", "learning_rate", Value::from(0.045)),
         ("texture_expansion_shared", "iterations", Value::from(1)),
+        ("texture_expansion_masked", "masked", Value::from(false)),
         ("texture_edit", "strength", Value::from(0.8)),
     ] {
         let outcome = case(name, |case| case[key] = value);
