@@ -17,7 +17,7 @@ struct Flags {
     /// The texture that it is to be made of; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     style: Vec<PathBuf>,
-    /// How much of the sampling is done anew: near 0 the layout stays as it is, 1 begins with noise alone
+    /// How much of the sampling is done anew: near 0 the layout stays as it is, at 1 it is under as much noise as a run begins with
     #[arg(long, value_name = "F", default_value_t = 0.6, allow_hyphen_values = true)]
     strength: f64,
     #[command(flatten)]
@@ -48,7 +48,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let layout = image::resize(&layout, size)?;
     let styles = common::scaled_to_area(&model, &styles, size)?;
     let references = common::references(&model, &styles, Some(&layout))?;
-    let latents = model.encode(&layout)?;
+    let latents = references.content.as_ref().map_or_else(|| model.encode(&layout), |latents| Ok(latents.shallow_clone()))?;
 
     let mut extractor = model.extractor(size)?;
     extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);

@@ -4,6 +4,7 @@
 
 mod common;
 
+use attention_distillation::stable_diffusion::{Tiles, Tiling};
 use attention_distillation::{image, tch::Kind, tch::Tensor, GuidedSampler, Noise, Result, Settings, Windows};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
@@ -14,9 +15,9 @@ struct Flags {
     /// The texture to expand; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     style: Vec<PathBuf>,
-    /// Side of the windows, in latents
-    #[arg(long, value_name = "N", default_value_t = Windows::default().size)]
-    window: i64,
+    /// Side of the windows, in latents; default: the size that the network was trained for
+    #[arg(long, value_name = "N")]
+    window: Option<i64>,
     /// From one window to the next, in latents: the smaller, the smoother and slower
     #[arg(long, value_name = "N", default_value_t = Windows::default().stride)]
     stride: i64,
@@ -40,19 +41,26 @@ fn main() -> ExitCode {
 fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let shared = &flags.shared;
     shared.over(Settings::texture_expansion())?;
-    let windows = Windows::new(flags.window, flags.stride).with_batch(flags.view_batch).with_reference_per_batch(flags.reference_per_batch);
-    windows.check()?;
+    let windows = |size| Windows::new(size, flags.stride).with_batch(flags.view_batch).with_reference_per_batch(flags.reference_per_batch);
+    windows(flags.window.unwrap_or(Windows::default().size)).check()?;
     let files = common::files(shared, 1);
     common::check_outputs(shared, &files)?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     let regions = flags.regions.load(styles.len())?;
 
-    let model = common::open(shared)?;
+    let mut model = common::open(shared)?;
+    let trained = model.unet().sample_size().map_or(Windows::default().size, |(height, width)| height.min(width));
+    let windows = windows(flags.window.unwrap_or(trained));
+    windows.check()?;
+    // Decoding, too, is to need the memory of a window, not of the canvas.
+    let tile = windows.size.max(64);
+    model.set_tiling(Tiling::Always(Tiles { size: tile, overlap: tile / 2 }))?;
     let settings = shared.over(model.settings(Settings::texture_expansion())?)?;
     // The canvas may be larger than what the network could take at once; a window may not.
     let size = model.vae().fit(settings.size.unwrap_or((512, 512)))?;
     let factor = model.vae().factor();
-    let window = model.fit((flags.window.saturating_mul(factor).min(size.0), flags.window.saturating_mul(factor).min(size.1)))?;
+    let side = windows.size.saturating_mul(factor);
+    let window = model.fit((side.min(size.0), side.min(size.1)))?;
     let styles = common::scaled_to_area(&model, &styles, window)?;
     let mut references = common::references(&model, &styles, None)?;
     if let Some(regions) = &regions {

@@ -146,7 +146,9 @@ impl<D: Denoiser> GuidedSampler<D> {
     /// A strength that leaves no step or is above 1; a picture of another shape; a run that has begun.
     pub fn edited(mut self, picture: &Tensor, strength: f64) -> Result<Self> {
         let timesteps = self.scheduler.timesteps();
-        let first = (timesteps.len() as f64 * (1.0 - strength)) as usize;
+        // 0.8 of 20 are 16, though their product in f64 may be a little more.
+        let taken = (timesteps.len() as f64 * strength - 1e-9).ceil();
+        let first = timesteps.len().saturating_sub(taken as usize);
         let timestep = timesteps.get(first).filter(|_| strength > 0.0 && strength <= 1.0);
         let Some(&timestep) = timestep else {
             return Err(Error::argument("strength", format!("{strength} of {} steps are none, or more than all; use 0.6 or so", timesteps.len())));

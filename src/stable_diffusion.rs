@@ -221,7 +221,8 @@ impl StableDiffusion {
 
     /// Chooses which borders of its pictures meet, by default none: in the U-Net, the autoencoder, tiled or not, and
     /// the ControlNets. References are encoded the same way. A [`Control`] is to be made afterwards, as its picture is
-    /// embedded then.
+    /// embedded then. Not together with [`Windows`](crate::Windows), each of which would then meet itself, and not the canvas its
+    /// other border.
     pub fn set_seamless(&mut self, seamless: Seamless) {
         self.seamless = seamless;
         self.unet.set_seamless(seamless);

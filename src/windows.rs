@@ -31,7 +31,8 @@ impl View {
 /// defaults are the authors' for Stable Diffusion 1.5, but for [`reference_per_batch`](Self::reference_per_batch).
 ///
 /// Besides the canvas and a sum of its size, a step takes the memory of one batch of views, however large the canvas. Its
-/// time grows with the number of views: halving the stride makes four times as many, and seams fainter.
+/// time grows with the number of views: halving the stride makes four times as many, and seams fainter. Views do not go on at
+/// the canvas' other border: a model set seamless would close each view in itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Windows {

@@ -333,6 +333,9 @@ fn an_edit_takes_the_last_steps_from_the_noised_picture() {
     let mut several = sampler(&toy, 8);
     several.latents = noise(4, &[2, 4, 6, 8]);
     assert_eq!(several.edited(&picture, 0.5).unwrap().latents.size(), [2, 4, 6, 8]);
+    for (strength, step) in [(0.8, 4), (0.9, 2), (0.3, 14), (0.7, 6)] {
+        assert_eq!(sampler(&toy, 20).edited(&picture, strength).unwrap().step, step, "{strength} of 20");
+    }
     for strength in [0.0, -0.5, 1.01, 1e-20, f64::NAN, f64::INFINITY] {
         assert!(matches!(sampler(&toy, 8).edited(&picture, strength), Err(Error::Argument { argument: "strength", .. })), "{strength}");
     }

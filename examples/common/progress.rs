@@ -42,6 +42,8 @@ pub trait Run {
     fn check(&mut self) -> Result<()>;
     fn latents(&self) -> &Tensor;
     fn steps(&self) -> usize;
+    /// Steps done.
+    fn step(&self) -> usize;
 }
 
 macro_rules! run {
@@ -59,6 +61,9 @@ macro_rules! run {
             fn steps(&self) -> usize {
                 $steps(self)
             }
+            fn step(&self) -> usize {
+                self.step
+            }
         }
     };
 }
@@ -69,12 +74,17 @@ run!(GuidedSampler, |run: &GuidedSampler<D, O>| run.scheduler.timesteps().len())
 /// go on with another run.
 pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files: &[PathBuf]) -> Result<(Tensor, bool)> {
     stop_on_ctrl_c();
-    let steps = run.steps();
+    // An edit begins later than with the first step.
+    let (first, steps) = (run.step(), run.steps());
     let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(steps as u64));
     if let Some(bar) = &bar {
         // A template that does not parse leaves indicatif's own.
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar()));
     }
+    bar.iter().for_each(|bar| {
+        bar.set_position(first as u64);
+        bar.reset_eta();
+    });
     let started = Instant::now();
     while let Some(progress) = run.advance()? {
         let step = progress.step;
@@ -83,7 +93,7 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
         if shown || (bar.is_some() && model.device() == Device::Cpu) {
             run.check()?;
             let loss = progress.loss()?.map_or(String::new(), |loss| format!(" loss {loss:.4}"));
-            let left = started.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64;
+            let left = started.elapsed().as_secs_f64() / (step - first) as f64 * (steps - step) as f64;
             match &bar {
                 Some(bar) => bar.set_message(loss.trim_start().to_owned()),
                 None => eprintln!("step {step}/{steps}{loss}, {left:.0} s left"),

@@ -13,6 +13,7 @@ on the CPU makes all the noise, so that the order in which it is drawn is part o
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def sample(
     timesteps, first = model.timesteps(steps), 0
     latents = torch.randn(latent_shape(model, len(prompts), size), generator=generator)
     if edited is not None:
-        first = int(steps * (1 - strength))
+        first = steps - math.ceil(steps * strength - 1e-9)
         latents = model.scheduler.add_noise(edited.expand_as(latents), latents, torch.tensor([timesteps[first]]))
     run = Sampled(latents)
 
