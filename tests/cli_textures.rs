@@ -54,13 +54,12 @@ fn place_with_masks(example: &str) -> Place {
 
 /// `(name, expected to be equal, flags more)`: each compared with the picture without them.
 #[track_caller]
-fn compare(place: &Place, flags: &[&str], cases: &[(&str, bool, &[&str])]) -> Tensor {
+fn compare(place: &Place, flags: &[&str], cases: &[(&str, bool, &[&str])]) {
     let picture = place.draw(flags, "picture.png");
     for (name, same, more) in cases {
         let other = place.draw(&[flags, more].concat(), &format!("{name}.png"));
         assert_eq!(differ(&other, &picture) == 0.0, *same, "{name}: {more:?}");
     }
-    picture
 }
 
 // ---- all three
@@ -100,7 +99,7 @@ fn each_refuses_bad_files_and_numbers() {
         refuse(&["--lr", "NaN"], &["learning rate"]);
         place.refused_with(&place.path("no_model"), flags, &["no_model"]);
         place.misused(&flags[..4], &["--style"]);
-        place.misused(&[flags, &["--size", "32"]].concat(), &["--size", "WIDTHxHEIGHT"]);
+        place.misused(&[&flags[4..], &["--size", "32"]].concat(), &["--size", "WIDTHxHEIGHT"]);
     }
     let place = Place::of("edit_texture");
     place.refused(&[&QUICK[..], &["--layout", "missing.png"]].concat(), &["missing.png"]);
@@ -207,8 +206,8 @@ fn colours_that_no_style_mask_has() {
     let refuse = |more: &[&str], words: &[&str]| drop(place.refused(&[&QUICK[..], more].concat(), words));
     for (target, colour) in [("red_green.png", "#00ff00"), ("red_grey.png", "#666666")] {
         let flags = ["--style-mask", "red_blue.png", "--target-mask", target];
-        refuse(&flags, &["label", colour]);
-        refuse(&[&flags[..], &["--no-fill"]].concat(), &["label", colour]);
+        refuse(&flags, &[target, colour, "--allow-missing-labels"]);
+        refuse(&[&flags[..], &["--no-fill"]].concat(), &[target, colour]);
         drop(place.draw(&[&QUICK[..], &flags, &["--no-fill", "--allow-missing-labels"]].concat(), &format!("no_fill_{target}")));
         // Filled from the whole of the style.
         let filled = layout(&place, &[&["--style", "halves.png", "--allow-missing-labels"], &flags[..]].concat(), 1);
@@ -322,7 +321,7 @@ fn masks_in_an_expansion() {
     let [plain, ours, swapped] = [draw(&[], "plain.png"), with("red_blue.png", "ours.png"), with("blue_red.png", "swapped.png")];
     assert!(differ(&plain, &ours) > 0.0 && differ(&ours, &swapped) > 0.0 && differ(&plain, &swapped) > 0.0);
     let flags = [&mask[..], &["--target-mask", "red_green.png"]].concat();
-    place.refused(&[&EXPANSION[..], &flags].concat(), &["label", "#00ff00"]);
+    place.refused(&[&EXPANSION[..], &flags].concat(), &["red_green.png", "#00ff00"]);
     assert!(differ(&draw(&[&flags[..], &["--allow-missing-labels"]].concat(), "allowed.png"), &ours) > 0.0);
     place.refused(&[&EXPANSION[..], &["--style", "other.png"], &flags[..]].concat(), &["style masks", "1 are given", "2 styles"]);
 }

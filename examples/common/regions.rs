@@ -35,9 +35,14 @@ impl RegionFlags {
         }
         let map = |path: &Path, picture: &Tensor| LabelMap::from_picture(picture).map_err(|error| named(path, &error));
         let painted = self.style_mask.iter().map(image::load).collect::<Result<Vec<_>>>()?;
-        let styles = self.style_mask.iter().zip(&painted).map(|(path, picture)| map(path, picture)).collect::<Result<_>>()?;
-        let target = map(target, &image::load(target)?)?;
-        Ok(Some(Regions { styles, target, painted, allow_missing: self.allow_missing_labels }))
+        let styles = self.style_mask.iter().zip(&painted).map(|(path, picture)| map(path, picture)).collect::<Result<Vec<_>>>()?;
+        let map = map(target, &image::load(target)?)?;
+        let served = |label: &i64| self.allow_missing_labels || styles.iter().any(|style| style.labels().contains(label));
+        if let Some(&label) = map.labels().iter().find(|label| !served(label)) {
+            let reason = format!("no style mask has the colour #{:06x} in it; paint one with it, or use --allow-missing-labels", rgb(label));
+            return Err(Error::Image { path: target.clone(), reason });
+        }
+        Ok(Some(Regions { styles, target: map, painted, allow_missing: self.allow_missing_labels }))
     }
 }
 
@@ -71,7 +76,7 @@ impl Regions {
             let all = Tensor::f_cat(&pixels, 3)?;
             let there = LabelMap::from_picture(&Tensor::f_cat(&colours, 3)?)?;
             for &label in self.target.labels().iter().filter(|label| !there.labels().contains(label)) {
-                colours.push(colour(label)?.f_expand_as(&all)?);
+                colours.push(pixel(label)?.f_expand_as(&all)?);
                 pixels.push(all.shallow_clone());
             }
         }
@@ -80,9 +85,17 @@ impl Regions {
     }
 }
 
-/// What [`LabelMap::from_picture`] makes a label of.
-fn colour(label: i64) -> Result<Tensor> {
-    let shift = |bits: i64| if label < 256 { label } else { label >> bits & 255 };
-    let channels = [16, 8, 0].map(|bits| shift(bits) as f32 / 255.0);
+/// The colour that [`LabelMap::from_picture`] made this label of.
+fn rgb(label: i64) -> i64 {
+    if label < 256 {
+        label * 0x0001_0101
+    } else {
+        label - (1 << 24)
+    }
+}
+
+/// One pixel of it.
+fn pixel(label: i64) -> Result<Tensor> {
+    let channels = [16, 8, 0].map(|bits| (rgb(label) >> bits & 255) as f32 / 255.0);
     Ok(Tensor::f_from_slice(&channels)?.f_view([1, 3, 1, 1])?)
 }
