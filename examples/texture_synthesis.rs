@@ -5,7 +5,7 @@
 mod common;
 
 use attention_distillation::stable_diffusion::Seamless;
-use attention_distillation::{fill, image, tch::Tensor, Distiller, GuidedSampler, Noise, Result, Settings};
+use attention_distillation::{image, tch::Tensor, Distiller, GuidedSampler, Noise, Result, Settings};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -24,7 +24,7 @@ struct Flags {
     /// Which borders of the result meet without a seam; the sheet then shows it laid 2x2
     #[arg(long, value_enum, default_value_t = Tile::None)]
     tile: Tile,
-    /// With masks: start from noise and hold no content, instead of filling the target from the first style's regions
+    /// With masks: start from noise and hold no content, instead of filling the target from the styles' regions
     #[arg(long, requires = "target_mask")]
     no_fill: bool,
     #[command(flatten)]
@@ -74,8 +74,8 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let mut references = common::references(&model, &styles, None)?;
     let mut layout = None;
     if let Some(regions) = &regions {
-        if let (true, [source, ..], [labels, ..]) = (filled, styles.as_slice(), regions.styles.as_slice()) {
-            let picture = fill(source, labels, &regions.target.resized(size)?, shared.seed)?;
+        if filled {
+            let picture = regions.filled(&styles, size, shared.seed)?;
             references.content = Some(model.encode(&picture)?);
             layout = Some(picture);
         }

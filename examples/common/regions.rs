@@ -1,6 +1,6 @@
 //! The flags that say which region of a style serves which of the result.
 
-use attention_distillation::{image, Error, LabelMap, References, Result};
+use attention_distillation::{fill, image, tch::Tensor, Error, LabelMap, References, Result};
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, clap::Args)]
@@ -20,6 +20,8 @@ pub struct RegionFlags {
 pub struct Regions {
     pub styles: Vec<LabelMap>,
     pub target: LabelMap,
+    /// The styles' masks as painted.
+    painted: Vec<Tensor>,
     allow_missing: bool,
 }
 
@@ -31,9 +33,16 @@ impl RegionFlags {
             let reason = format!("{} are given for {styles} styles; give one for each, in their order", self.style_mask.len());
             return Err(Error::Argument { argument: "style masks", reason });
         }
-        let map = |path: &Path| LabelMap::from_picture(&image::load(path)?).map_err(|error| named(path, &error));
-        let styles = self.style_mask.iter().map(|path| map(path)).collect::<Result<_>>()?;
-        Ok(Some(Regions { styles, target: map(target)?, allow_missing: self.allow_missing_labels }))
+        let map = |path: &Path, picture: &Tensor| LabelMap::from_picture(picture).map_err(|error| named(path, &error));
+        let painted = self.style_mask.iter().map(image::load).collect::<Result<Vec<_>>>()?;
+        let styles = self.style_mask.iter().zip(&painted).map(|(path, picture)| map(path, picture)).collect::<Result<Vec<_>>>()?;
+        let map = map(target, &image::load(target)?)?;
+        let served = |label: &i64| self.allow_missing_labels || styles.iter().any(|style| style.labels().contains(label));
+        if let Some(&label) = map.labels().iter().find(|label| !served(label)) {
+            let reason = format!("no style mask has the colour #{:06x} in it; paint one with it, or use --allow-missing-labels", rgb(label));
+            return Err(Error::Image { path: target.clone(), reason });
+        }
+        Ok(Some(Regions { styles, target: map, painted, allow_missing: self.allow_missing_labels }))
     }
 }
 
@@ -51,4 +60,42 @@ impl Regions {
         references.allow_missing_labels = self.allow_missing;
         Ok(references)
     }
+
+    /// The target's regions in `(height, width)` pixels, each made of pixels of the regions of its colour in all of these
+    /// pictures, the styles'.
+    pub fn filled(&self, styles: &[Tensor], size: (i64, i64), seed: u64) -> Result<Tensor> {
+        let row = |picture: &Tensor| picture.f_flatten(2, -1)?.f_unsqueeze(2);
+        let (mut pixels, mut colours) = (vec![], vec![]);
+        for (style, painted) in styles.iter().zip(&self.painted) {
+            let (height, width) = image::size(style)?;
+            pixels.push(row(style)?);
+            colours.push(row(&painted.f_upsample_nearest2d([height, width], None, None)?)?);
+        }
+        if self.allow_missing {
+            // A colour that no style has is given to a second copy of all pixels.
+            let all = Tensor::f_cat(&pixels, 3)?;
+            let there = LabelMap::from_picture(&Tensor::f_cat(&colours, 3)?)?;
+            for &label in self.target.labels().iter().filter(|label| !there.labels().contains(label)) {
+                colours.push(pixel(label)?.f_expand_as(&all)?);
+                pixels.push(all.shallow_clone());
+            }
+        }
+        let labels = LabelMap::from_picture(&Tensor::f_cat(&colours, 3)?)?;
+        fill(&Tensor::f_cat(&pixels, 3)?, &labels, &self.target.resized(size)?, seed)
+    }
+}
+
+/// The colour that [`LabelMap::from_picture`] made this label of.
+fn rgb(label: i64) -> i64 {
+    if label < 256 {
+        label * 0x0001_0101
+    } else {
+        label - (1 << 24)
+    }
+}
+
+/// One pixel of it.
+fn pixel(label: i64) -> Result<Tensor> {
+    let channels = [16, 8, 0].map(|bits| (rgb(label) >> bits & 255) as f32 / 255.0);
+    Ok(Tensor::f_from_slice(&channels)?.f_view([1, 3, 1, 1])?)
 }
