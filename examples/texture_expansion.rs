@@ -64,7 +64,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let styles = common::scaled_to_area(&model, &styles, window)?;
     let mut references = common::references(&model, &styles, None)?;
     if let Some(regions) = &regions {
-        references = regions.of(references)?;
+        references = regions.of(references, model.device())?;
     }
 
     let mut extractor = model.extractor(size)?;

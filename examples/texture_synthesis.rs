@@ -66,20 +66,27 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let filled = regions.is_some() && !flags.no_fill;
     if filled && settings.content_weight == 0.0 {
         // What a texture from noise has no use for, a layout needs.
-        settings.content_weight = model.settings(Settings::style_transfer())?.content_weight;
+        settings.content_weight = model.settings(flags.transfer())?.content_weight;
     }
     let settings = shared.over(settings)?;
-    let size = common::output_size(&model, shared, &settings, None)?;
+    // The layout's own size, unless a flag says otherwise.
+    let size = match (&regions, shared.size) {
+        (Some(regions), None) => model.fit(regions.target.size()?)?,
+        _ => common::output_size(&model, shared, &settings, None)?,
+    };
     let styles = common::scaled_to_area(&model, &styles, size)?;
     let mut references = common::references(&model, &styles, None)?;
     let mut layout = None;
     if let Some(regions) = &regions {
         if filled {
-            let picture = regions.filled(&styles, size, shared.seed)?;
-            references.content = Some(model.encode(&picture)?);
-            layout = Some(picture);
+            // Each picture's layout has pixels of its own.
+            let seeds = (0..flags.count).map(|i| shared.seed.wrapping_add(i.into()));
+            let pictures = seeds.map(|seed| regions.filled(&styles, size, seed)).collect::<Result<Vec<_>>>()?;
+            let pictures = Tensor::f_cat(&pictures, 0)?;
+            references.content = Some(model.encode(&pictures)?);
+            layout = Some(pictures);
         }
-        references = regions.of(references)?;
+        references = regions.of(references, model.device())?;
     }
 
     let mut extractor = model.extractor(size)?;
@@ -88,19 +95,20 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let start = model.noise(flags.count.into(), size, &mut noise)?;
     let (pictures, _) = if flags.method == Method::Sample {
         let guidance = model.guidance(&[""], None, settings.guidance, size)?;
+        let filled = references.content.as_ref().map(Tensor::shallow_clone);
         let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
-        common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
+        let mut run = run.with_settings(&settings)?;
+        if let Some(filled) = filled {
+            // The layout under as much noise as sampling begins with.
+            run = run.edited(&filled, 1.0)?;
+        }
+        common::follow(&mut run, &model, shared, &files)?
     } else {
         let timesteps = model.timesteps(settings.steps)?;
-        let mut run = match &references.content {
+        let run = match &references.content {
             Some(_) => Distiller::style_transfer(extractor, timesteps, references, settings.content_weight)?,
-            None => Distiller::new(extractor, timesteps, references, start.shallow_clone()),
+            None => Distiller::new(extractor, timesteps, references, start),
         };
-        // One layout, as many pictures as were asked for: noise of a hundredth sets them apart.
-        if layout.is_some() && flags.count > 1 {
-            let apart = start.f_mul(&Tensor::from(0.01_f32))?;
-            run.latents = run.latents.f_add(&apart)?;
-        }
         common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
     };
     common::save(&pictures, &files)?;
@@ -113,6 +121,14 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
 }
 
 impl Flags {
+    /// Whose content weight a filled layout has.
+    fn transfer(&self) -> Settings {
+        match self.method {
+            Method::Optimise => Settings::style_transfer(),
+            Method::Sample => Settings::style_transfer_by_sampling(),
+        }
+    }
+
     fn task(&self) -> Settings {
         match self.method {
             Method::Optimise => Settings::texture_synthesis(),

@@ -1,6 +1,6 @@
 //! The flags that say which region of a style serves which of the result.
 
-use attention_distillation::{fill, image, tch::Tensor, Error, LabelMap, References, Result};
+use attention_distillation::{fill, image, tch::Device, tch::Tensor, Error, LabelMap, References, Result};
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, clap::Args)]
@@ -51,12 +51,12 @@ fn named(path: &Path, error: &Error) -> Error {
 }
 
 impl Regions {
-    /// The references with these regions.
-    pub fn of(&self, mut references: References) -> Result<References> {
+    /// The references with these regions, which are moved to their device once.
+    pub fn of(&self, mut references: References, device: Device) -> Result<References> {
         for (style, labels) in references.styles.iter_mut().zip(&self.styles) {
-            style.labels = Some(labels.shallow_clone());
+            style.labels = Some(labels.to_device(device)?);
         }
-        references.labels = Some(self.target.shallow_clone());
+        references.labels = Some(self.target.to_device(device)?);
         references.allow_missing_labels = self.allow_missing;
         Ok(references)
     }
