@@ -26,7 +26,7 @@ demo: libtorch ## style transfer with the bundled model; CONTENT=FILE and STYLE=
 
 test: libtorch ## the whole test suite
 	$(CARGO) test --features hub
-	$(CARGO) test --no-default-features --test 'core_*' --test image
+	$(CARGO) test --no-default-features --test 'core_*' --test image --test metrics
 
 lint: libtorch ## format and clippy, every feature set
 	$(CARGO) fmt --check
