@@ -1,0 +1,811 @@
+#!/usr/bin/env python3
+"""Collects the training pictures of the bundled model from freely licensed packages.
+
+    python3 collect.py                   # every source of every sources_*.toml
+    python3 collect.py NAME...           # only these, then the merge
+    python3 collect.py --merge-only      # after a change to heldout.toml
+    python3 collect.py --hold-out FILE.. # adds pictures to heldout.toml
+
+Needs Pillow and numpy, and the clients of the registries: apt-get and dpkg (dpkg-dev for source packages), npm, pip.
+
+Two steps, both without chance but for a seed:
+
+1. *Per source*: download, unpack, keep the pictures whose licence and content pass, cut 288 x 288 tiles, and keep the result as
+   work/candidates/NAME.npz. A source whose entry has not changed is not done again, so a run that was killed goes on where it stopped.
+2. *Merge*: in the order of the files and of the entries in them, drop near-duplicates over all sources and everything that is held out,
+   write work/tiles/NAME.npy (uint8, N x 288 x 288 x 3; the tiles of manifest.csv's rows of that source, in their order),
+   a contact sheet work/sheets/NAME.png, and manifest.csv.
+
+The format of the sources is described in README.md; work/rejected/NAME.csv says for every picture that was left out why.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import fnmatch
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE / "work"
+SIDE = 288
+SEED = 5
+RECIPE = 1  # count up when the filters or the cutting change: every source is then done again
+
+GROUPS = ("photograph", "painting", "texture", "drawing")
+KINDS = ("debian", "debian-source", "npm", "pypi")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tga", ".dds", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pcx", ".avif")
+ZIPS = (".zip", ".pk3", ".pk4", ".jar", ".whl", ".egg")
+
+# Names of pictures that show no picture: data for a renderer, parts of a user interface, previews and screenshots.
+NOT_A_PICTURE = re.compile(
+    r"(^|[/_.\- ])(normals?|normalmap|norm|nrm|nm|nmap|n|spec|specular|s|gloss|glow|bump|height|heightmap|displacement|disp|local|"
+    r"roughness|metal(lic|ness)|ao|mask|alpha|lum|add|blend|luma|lightmap|reflect|shirt|pants|mr|fonts?|icons?|cursors?|buttons?|"
+    r"gui|ui|hud|minimap|levelshots?|screenshots?|thumbnails?|thumbs?|previews?|logos?|flags?|particles?|shadows?|halo)([/_.\- ]|\d*\.)",
+    re.IGNORECASE,
+)
+
+Image.MAX_IMAGE_PIXELS = 400_000_000
+
+
+class Failure(Exception):
+    """A source that cannot be collected; the others go on."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------- sources
+
+
+@dataclasses.dataclass
+class Source:
+    """One `[[source]]` of a sources_*.toml."""
+
+    kind: str
+    name: str
+    version: str
+    licence: str  # an SPDX identifier, or "copyright-file": by debian/copyright, "readme": by a README beside the file, "listed": by `file`
+    group: str
+    evidence: str = ""  # where a licence of the whole source is stated
+    id: str = ""  # name of the results, where one package gives several sources
+    include: list = dataclasses.field(default_factory=lambda: ["*"])
+    exclude: list = dataclasses.field(default_factory=list)
+    file: list = dataclasses.field(default_factory=list)  # per-file licence, author, title, group, exclude
+    roots: dict = dataclasses.field(default_factory=dict)  # installed prefix -> prefix in debian/copyright
+    extensions: list = dataclasses.field(default_factory=list)  # that the files had before the package's build converted them
+    blanket: str = ""  # why a `Files: *` paragraph may be trusted for the pictures
+    author: str = ""
+    dist: str = "wheel"  # PyPI: "wheel" or "sdist"
+    crops: float = 1.0  # how many tiles of a large picture's details, relative to the default
+    limit: int = 0  # at most this many pictures, chosen by the seed
+    ground: str = ""  # a colour to put transparent pictures on
+    min_side: int = 200
+    any_name: bool = False  # do not judge by NOT_A_PICTURE
+
+    def __post_init__(self):
+        self.id = self.id or re.sub(r"[^A-Za-z0-9.+-]+", "-", self.name.lstrip("@"))
+        if self.kind not in KINDS or self.group not in GROUPS:
+            raise Failure(f"{self.id}: kind {self.kind!r} or group {self.group!r} is unknown")
+        if self.licence not in ("copyright-file", "readme", "listed"):
+            if not permissive(self.licence):
+                raise Failure(f"{self.id}: licence {self.licence!r} is not a permissive one")
+            if not self.evidence:
+                raise Failure(f"{self.id}: a licence for the whole source needs its evidence")
+
+    def key(self):
+        """Changes when the results would."""
+        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        said = {name: value for name, value in said.items() if value}  # so that a new option leaves the results of old entries alone
+        text = json.dumps([RECIPE, SEED, SIDE, said], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_sources():
+    sources = []
+    for path in sorted(HERE.glob("sources_*.toml")):
+        with path.open("rb") as f:
+            for entry in tomllib.load(f).get("source", []):
+                try:
+                    sources.append(Source(**entry))
+                except TypeError as e:
+                    raise Failure(f"{path.name}: {entry.get('name')}: {e}") from None
+    seen = set()
+    for s in sources:
+        if s.id in seen:
+            raise Failure(f"two sources are called {s.id!r}: give one an `id`")
+        seen.add(s.id)
+    return sources
+
+
+# --------------------------------------------------------------------------------------------------------------------- licences
+
+PERMISSIVE = re.compile(
+    r"(public[ -]domain|pd|cc-?0(-1\.0)?|cc-by(-\d(\.\d)?)?|expat|mit(-0)?|x11|bsd(-[234]-clause)?|0bsd|apache(-2(\.0)?)?|zlib|isc|unlicense)",
+    re.IGNORECASE,
+)
+
+
+def permissive(expression):
+    """Whether an SPDX or DEP-5 licence expression can be met with permissive licences alone."""
+    expression = re.sub(r"[(),]", " ", expression.strip())
+    for choice in re.split(r"\s+(?:or|OR)\s+|\s*\|\s*", expression):
+        parts = [p.strip() for p in re.split(r"\s+(?:and|AND)\s+", choice)]
+        if parts and all(PERMISSIVE.fullmatch(p) for p in parts):
+            return True
+    return False
+
+
+def dep5(text):
+    """The (patterns, licence, authors) of a machine-readable debian/copyright, in order."""
+    paragraphs = []
+    for block in re.split(r"\n[ \t]*\n", text.replace("\r", "")):
+        fields = {}
+        for m in re.finditer(r"^([A-Za-z-]+):[ \t]*(.*(?:\n[ \t]+.*)*)", block, re.MULTILINE):
+            fields[m[1].lower()] = m[2]
+        if "files" in fields and "license" in fields:
+            licence = fields["license"].split("\n")[0].strip()
+            authors = "; ".join(" ".join(line.split()) for line in fields.get("copyright", "").split("\n") if line.strip())
+            paragraphs.append((re.sub(r",(?=\s)", " ", fields["files"]).split(), licence, authors))
+    return paragraphs
+
+
+def dep5_regex(patterns):
+    """One regular expression for the patterns of a paragraph that are not just `*`."""
+    alternatives = []
+    for pattern in patterns:
+        if pattern not in ("*", "./*"):
+            alternatives.append("".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern.removeprefix("./")))
+    return re.compile("|".join(alternatives) or r"(?!)", re.DOTALL)
+
+
+def readme_terms(text):
+    """What a README in the manner of debian/copyright says: file name -> (licence, authors)."""
+    terms = {}
+    for block in re.split(r"\n\s*\n", text.replace("\r", "")):
+        fields = dict(re.findall(r"^(Copyright|License):[ \t]*(.+)$", block, re.MULTILINE))
+        if "License" not in fields:
+            continue
+        licence = re.sub(r"^CC-BY (?=\d)", "CC-BY-", fields["License"].strip())
+        listed = re.sub(r"^(Copyright|License|Source|Comments?):.*$", "", block, flags=re.MULTILINE)
+        for name in re.findall(r"[^\s,:]+\.\w{3,4}\b", listed):
+            terms[name] = (licence, fields.get("Copyright", "").strip())
+    return terms
+
+
+@dataclasses.dataclass
+class Terms:
+    licence: str = ""
+    author: str = ""
+    title: str = ""
+    group: str = ""
+    refused: str = ""
+
+
+class Licences:
+    """Says under which terms a file of an unpacked source comes."""
+
+    def __init__(self, source, folder):
+        self.source = source
+        self.paragraphs = []
+        self.readmes = {}  # folder -> what its README says
+        if source.licence == "copyright-file":
+            text = None
+            for f in (folder / "debian/copyright", *sorted(folder.glob("usr/share/doc/*/copyright*")), *sorted(folder.glob("*/debian/copyright"))):
+                if f.is_file():
+                    data = f.read_bytes()
+                    text = (gzip.decompress(data) if f.suffix == ".gz" else data).decode("utf-8", "replace")
+                    break
+            if text is None:
+                raise Failure("no debian/copyright in the package")
+            self.paragraphs = [("*" in p or "./*" in p, dep5_regex(p), licence, authors) for p, licence, authors in dep5(text)]
+            if not self.paragraphs:
+                raise Failure("debian/copyright is not machine-readable")
+        if source.licence == "readme":
+            for file in folder.rglob("*"):
+                path = file.relative_to(folder).as_posix()
+                if file.name == "README" and file.is_file():
+                    self.readmes[Path(path).parent.as_posix()] = readme_terms(file.read_text(errors="replace"))
+                elif file.suffix == ".rcc":
+                    for member, data in rcc_members(file.read_bytes()):
+                        if member.endswith("/README"):
+                            self.readmes[Path(f"{path}/{member}").parent.as_posix()] = readme_terms(data.decode("utf-8", "replace"))
+
+    def of(self, path):
+        terms = Terms(group=self.source.group, author=self.source.author)
+        if self.source.licence == "copyright-file":
+            name = path
+            for prefix, replacement in self.source.roots.items():
+                if path.startswith(prefix):
+                    name = replacement + path[len(prefix) :]
+                    break
+            names = [name, *(str(Path(name).with_suffix(e)) for e in self.source.extensions)]
+            for blanket, regex, licence, authors in self.paragraphs:
+                named = any(regex.fullmatch(n) for n in names)
+                if named or blanket:
+                    terms.licence, terms.author = licence, authors
+                    terms.refused = "" if named or self.source.blanket else "only the blanket licence"
+        elif self.source.licence == "readme":
+            for folder in Path(path).parents:
+                said = self.readmes.get(folder.as_posix(), {}).get(Path(path).relative_to(folder).as_posix())
+                if said:
+                    terms.licence, terms.author = said
+                    break
+        elif self.source.licence != "listed":
+            terms.licence = self.source.licence
+        for entry in self.source.file:
+            if fnmatch.fnmatchcase(path, entry["path"]):
+                terms.licence = entry.get("licence", terms.licence)
+                if "licence" in entry:
+                    terms.refused = ""
+                terms.author = entry.get("author", terms.author)
+                terms.title = entry.get("title", terms.title)
+                terms.group = entry.get("group", terms.group)
+                if entry.get("exclude"):
+                    terms.refused = "excluded: " + str(entry["exclude"])
+        if not terms.refused and not permissive(terms.licence):
+            terms.refused = f"licence {terms.licence or 'unknown'}"
+        return terms
+
+
+# --------------------------------------------------------------------------------------------------------------------- packages
+
+
+def run(command, cwd, tries=3):
+    for attempt in range(1, tries + 1):
+        done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        if done.returncode == 0:
+            return done.stdout
+        if attempt < tries:
+            time.sleep(5 * attempt)
+    raise Failure(f"{' '.join(map(str, command))}: {done.stdout.strip()[-400:]}")
+
+
+def download(source):
+    """The folder with the source's archives, downloaded before or now."""
+    folder = WORK / "downloads" / source.kind / f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', source.name)}_{source.version.replace(':', '-')}"
+    if (folder / ".complete").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if source.kind == "debian":
+        run(["apt-get", "download", f"{source.name}={source.version}"], folder)
+    elif source.kind == "debian-source":
+        run(["apt-get", "source", "--download-only", f"{source.name}={source.version}"], folder)
+    elif source.kind == "npm":
+        run(["npm", "pack", f"{source.name}@{source.version}"], folder)
+    else:
+        which = ["--no-binary", ":all:"] if source.dist == "sdist" else ["--only-binary", ":all:"]
+        run([sys.executable, "-m", "pip", "download", "--no-deps", *which, f"{source.name}=={source.version}"], folder)
+    (folder / ".complete").touch()
+    return folder
+
+
+def unpack(source, archives, target):
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for archive in sorted(archives.iterdir()):
+        if archive.suffix == ".deb":
+            run(["dpkg-deb", "-x", archive, target], archives, tries=1)
+        elif archive.suffix == ".dsc":
+            target.rmdir()
+            run(["dpkg-source", "--no-check", "--no-copy", "-x", archive, target], archives, tries=1)
+        elif archive.suffix in ZIPS:
+            with zipfile.ZipFile(archive) as z:
+                z.extractall(target)
+        elif source.kind in ("npm", "pypi") and archive.name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")):
+            run(["tar", "-xf", archive, "-C", target, "--strip-components=1"], archives, tries=1)
+    # Folders without the right to enter them are in some npm archives.
+    for root, folders, _ in os.walk(target):
+        for name in folders:
+            with contextlib.suppress(OSError):
+                os.chmod(os.path.join(root, name), 0o755)
+
+
+def rcc_members(data):
+    """The (resource path, bytes) of a binary Qt resource file."""
+    magic, version, tree, payload, names = struct.unpack(">4sIIII", data[:20])
+    if magic != b"qres":
+        raise Failure("not a Qt resource file")
+    node_size = 14 if version == 1 else 22
+
+    def name_at(offset):
+        (length,) = struct.unpack_from(">H", data, names + offset)
+        start = names + offset + 6
+        return data[start : start + 2 * length].decode("utf-16-be")
+
+    def walk(index, prefix):
+        name, flags = struct.unpack_from(">IH", data, tree + node_size * index)
+        path = f"{prefix}/{name_at(name)}" if index else prefix
+        if flags & 2:
+            count, first = struct.unpack_from(">II", data, tree + node_size * index + 6)
+            for child in range(first, first + count):
+                yield from walk(child, path)
+        else:
+            (offset,) = struct.unpack_from(">I", data, tree + node_size * index + 10)
+            (size,) = struct.unpack_from(">I", data, payload + offset)
+            content = data[payload + offset + 4 : payload + offset + 4 + size]
+            if flags & 1:
+                content = zlib.decompress(content[4:])
+            if not flags & 4:  # zstd: no picture is stored so, they do not get smaller
+                yield path.lstrip("/"), content
+
+    yield from walk(0, "")
+
+
+def jigsaw(board, members):
+    """The picture that a board of GCompris' puzzles is cut from, as the bytes of a PPM file: its pieces, put where the board says."""
+    text = members[board].decode()
+    width, height = (int(re.search(rf'"{side}" *: *(\d+)', text)[1]) for side in ("width", "height"))
+    folder = Path(board).parent.parent.as_posix()
+    canvas = Image.new("RGBA", (width, height))
+    for name, x, y in re.findall(r'"pixmapfile" *: *"([^"]*)",\s*"x" *: *"?([\d.]+)"?,\s*"y" *: *"?([\d.]+)', text):
+        piece = Image.open(io.BytesIO(members[f"{folder}/{name}"])).convert("RGBA")
+        at = (round(float(x) * width - piece.width / 2), round(float(y) * height - piece.height / 2))
+        layer = Image.new("RGBA", canvas.size)
+        layer.paste(piece, at)
+        canvas = Image.alpha_composite(canvas, layer)
+    box = canvas.getchannel("A").point(lambda a: 255 * (a > 127)).getbbox()
+    file = io.BytesIO()
+    canvas.crop([box[0] + 2, box[1] + 2, box[2] - 2, box[3] - 2]).convert("RGB").save(file, "PPM")
+    return file.getvalue()
+
+
+def picture_files(folder):
+    """Every (path, function that gives the bytes) of an unpacked source, archives in it opened, in sorted order."""
+    for root, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            file = Path(root, name)
+            path = file.relative_to(folder).as_posix()
+            if file.is_symlink():
+                continue
+            lower = name.lower()
+            if lower.endswith(PICTURES):
+                yield path, file.read_bytes
+            elif lower.endswith(".rcc"):
+                members = dict(rcc_members(file.read_bytes()))
+                for member, data in sorted(members.items()):
+                    if member.lower().endswith(PICTURES):
+                        yield f"{path}/{member}", lambda data=data: data
+                    elif member.endswith(".qml") and b"SHAPE_BACKGROUND_IMAGE" in data:
+                        yield f"{path}/{member}", lambda board=member, members=members: jigsaw(board, members)
+            elif lower.endswith(ZIPS) and zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as z:
+                    for member in sorted(set(z.namelist())):
+                        if member.lower().endswith(PICTURES):
+                            yield f"{path}/{member}", lambda z=z, member=member: z.read(member)
+
+
+# --------------------------------------------------------------------------------------------------------------------- pictures
+
+
+def open_picture(data, source):
+    """The picture as RGB and its size as stored, or a reason to leave it out."""
+    picture = Image.open(io.BytesIO(data))
+    size = picture.size
+    if min(size) < source.min_side:
+        return None, size, "small"
+    if max(size) > 4 * min(size):
+        return None, size, "long and narrow"
+    if getattr(picture, "n_frames", 1) > 1 and picture.format in ("GIF", "WEBP"):
+        return None, size, "animated"
+    if picture.format == "JPEG" and min(size) > 8 * SIDE:
+        picture.draft("RGB", (size[0] // 2, size[1] // 2))
+    picture.load()
+    if picture.mode in ("I", "I;16", "F"):
+        return None, size, "not 8 bits"
+    if picture.mode in ("P", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    if picture.mode == "RGBA":
+        alpha = np.asarray(picture.getchannel("A"))
+        see_through = float((alpha < 250).mean())
+        if see_through > 0.02:
+            if source.ground:
+                ground = Image.new("RGBA", picture.size, source.ground)
+                ground.alpha_composite(picture)
+                picture = ground
+            elif not (see_through > 0.9 and alpha.std() < 60 and alpha.mean() > 20):  # else: the gloss of a texture
+                return None, size, "transparent"
+    return picture.convert("RGB"), size, None
+
+
+def dull(tile, source):
+    """Why a tile has nothing to learn from, or None."""
+    light = tile.astype(np.float32).mean(2)
+    if light.std() < 9:
+        return "flat"
+    if (np.abs(np.diff(light, axis=0)).mean() + np.abs(np.diff(light, axis=1)).mean()) / 2 < 1.5:
+        return "without detail"
+    mean = tile.reshape(-1, 3).mean(0)
+    if mean[2] > 200 and abs(mean[0] - 128) < 25 and abs(mean[1] - 128) < 25:
+        return "normal map"
+    bins = (tile >> 3).reshape(-1, 3).astype(np.int32)
+    counts = np.bincount(bins[:, 0] * 1024 + bins[:, 1] * 32 + bins[:, 2])
+    if counts.max() > (0.75 if source.ground else 0.5) * len(bins):
+        return "mostly one colour"
+    if (counts > 0).sum() < 25:
+        return "few colours"
+    return None
+
+
+def cut(picture, rng, crops):
+    """The tiles of a picture: all of it, and details of a large one at a finer scale."""
+    short = min(picture.size)
+
+    def at(scale):
+        return picture.resize([max(SIDE, round(n * SIDE * scale / short)) for n in picture.size], Image.Resampling.LANCZOS)
+
+    whole = at(1)
+    slack = (whole.width - SIDE, whole.height - SIDE)
+    ends = [0.5] if max(slack) < 0.45 * SIDE else [0.0, 1.0]
+    tiles = [(whole, round(slack[0] * e), round(slack[1] * e)) for e in ends]
+    for scale, most in ((2.0, 2), (3.5, 4)):
+        if short >= scale * SIDE:
+            finer = at(scale)
+            for _ in range(max(0, round(most * crops))):
+                tiles.append((finer, int(rng.integers(finer.width - SIDE + 1)), int(rng.integers(finer.height - SIDE + 1))))
+    return [np.asarray(p.crop((x, y, x + SIDE, y + SIDE))) for p, x, y in tiles]
+
+
+def views(picture):
+    """Grey 16 x 16 thumbnails of the whole picture and, of an oblong one, of squares at its ends and in its middle."""
+    w, h = picture.size
+    side = min(w, h)
+    boxes = [(0, 0, w, h)]
+    if max(w, h) > 1.15 * side:
+        for e in (0.0, 0.5, 1.0):
+            x, y = round((w - side) * e), round((h - side) * e)
+            boxes.append((x, y, x + side, y + side))
+    grey = picture.convert("L")
+    return np.stack([np.asarray(grey.resize((16, 16), Image.Resampling.BOX, box=b)) for b in boxes])
+
+
+def difference_hash(picture):
+    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
+    return (grey[:, 1:] > grey[:, :-1]).ravel()
+
+
+def standardise(thumbnails):
+    t = thumbnails.reshape(-1, 256).astype(np.float32)
+    t = t - t.mean(1, keepdims=True)
+    return t / np.maximum(np.linalg.norm(t, axis=1, keepdims=True), 1e-6)
+
+
+def matches(globs, path):
+    return any(fnmatch.fnmatchcase(path, g) for g in globs)
+
+
+# ------------------------------------------------------------------------------------------------------------------ per source
+
+
+def collect(source):
+    """Fills work/candidates/ID.npz and work/rejected/ID.csv; True if there was something to do."""
+    result = WORK / "candidates" / f"{source.id}.npz"
+    mark = WORK / "candidates" / f"{source.id}.key"
+    if result.exists() and mark.exists() and mark.read_text() == source.key():
+        return False
+    archives = download(source)
+    folder = WORK / "unpacked" / source.id
+    try:
+        unpack(source, archives, folder)
+        licences = Licences(source, folder)
+        rows, tiles, hashes, thumbnails, rejected, seen = [], [], [], [], [], set()
+        for path, read in choose(source, folder, licences, rejected):
+            terms = licences.of(path)
+            try:
+                data = read()
+                sha = hashlib.sha256(data).hexdigest()
+                if sha in seen:
+                    rejected.append((path, "same file as another"))
+                    continue
+                seen.add(sha)
+                picture, size, reason = open_picture(data, source)
+            except Exception as e:  # Pillow raises all kinds for broken files
+                rejected.append((path, f"unreadable: {type(e).__name__}"))
+                continue
+            if picture is not None:
+                rng = np.random.default_rng([SEED, int(sha[:8], 16)])
+                found = cut(picture, rng, source.crops)
+                dullness = [dull(t, source) for t in found]
+                found = [t for t, d in zip(found, dullness) if d is None]
+                if not found:
+                    reason = dullness[0]
+            if reason:
+                rejected.append((path, reason))
+                continue
+            tiles.append(np.stack(found))
+            hashes.append(difference_hash(picture))
+            thumbnails.append(views(picture))
+            rows.append(
+                {
+                    "path": path,
+                    "licence": terms.licence,
+                    "author": terms.author,
+                    "title": terms.title,
+                    "width": size[0],
+                    "height": size[1],
+                    "sha256": sha,
+                    "group": terms.group,
+                }
+            )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    with writing(WORK / "rejected" / f"{source.id}.csv") as part, part.open("w", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows(sorted(rejected))
+    empty = np.zeros((0, SIDE, SIDE, 3), np.uint8)
+    with writing(result) as part, part.open("wb") as f:
+        np.savez(
+            f,
+            rows=json.dumps(rows),
+            counts=np.array([len(t) for t in tiles], np.int64),
+            tiles=np.concatenate([empty, *tiles]),
+            hashes=np.array(hashes, bool).reshape(-1, 64),
+            views=np.concatenate([np.zeros((0, 16, 16), np.uint8), *thumbnails]),
+            view_counts=np.array([len(t) for t in thumbnails], np.int64),
+        )
+    mark.write_text(source.key())
+    reasons = {}
+    for _, reason in rejected:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    print(f"{source.id}: {len(rows)} pictures, {sum(map(len, tiles))} tiles")
+    for reason, n in sorted(reasons.items(), key=lambda r: -r[1])[:12]:
+        print(f"    left out {n:5}  {reason}")
+    sys.stdout.flush()
+    return True
+
+
+def choose(source, folder, licences, rejected):
+    """The pictures that pass by name and licence; with a limit, as many of them as the limit says, chosen by the seed."""
+
+    def passing():
+        for path, read in picture_files(folder):
+            if not matches(source.include, path) or matches(source.exclude, path):
+                continue
+            if not source.any_name and NOT_A_PICTURE.search(path):
+                rejected.append((path, "by its name"))
+                continue
+            terms = licences.of(path)
+            if terms.refused:
+                rejected.append((path, terms.refused))
+                continue
+            yield path, read
+
+    if not source.limit:
+        yield from passing()
+        return
+    found = [path for path, _ in passing()]
+    rejected.clear()
+    rank = {p: hashlib.sha256(f"{SEED} {p}".encode()).digest() for p in found}
+    chosen = set(sorted(found, key=rank.get)[: source.limit])
+    for path, read in passing():
+        if path in chosen:
+            yield path, read
+        else:
+            rejected.append((path, "over the limit"))
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Writes to a neighbour of `path` that takes its place only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    yield part
+    part.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ merge
+
+
+class HeldOut:
+    """The pictures of the evaluation, which must not be trained on."""
+
+    def __init__(self):
+        path = HERE / "heldout.toml"
+        content = tomllib.loads(path.read_text()) if path.exists() else {}
+        self.entries = content.get("picture", [])
+        self.names = [re.compile(n, re.IGNORECASE) for n in content.get("names", [])]
+        self.sha256 = {e["sha256"]: e["name"] for e in self.entries if "sha256" in e}
+        self.paths = {(e["package"], e["path"]): e["name"] for e in self.entries if "package" in e}
+        known = [e for e in self.entries if "views" in e]
+        self.hashes = np.array([np.unpackbits(np.frombuffer(bytes.fromhex(e["dhash"]), np.uint8)) for e in known], bool).reshape(-1, 64)
+        self.hash_names = [e["name"] for e in known]
+        shots = [np.frombuffer(bytes.fromhex(v), np.uint8).reshape(16, 16) for e in known for v in e["views"]]
+        self.view_names = [e["name"] for e in known for _ in e["views"]]
+        shots = np.array(shots, np.uint8).reshape(-1, 16, 16)
+        self.views = np.concatenate([standardise(shots), standardise(shots[:, :, ::-1])])  # also mirrored
+        self.view_names *= 2
+
+    def holds(self, source, row, dhash, shots):
+        if row["sha256"] in self.sha256:
+            return f"held out: is {self.sha256[row['sha256']]}"
+        if (source.name, row["path"]) in self.paths:
+            return f"held out: is {self.paths[source.name, row['path']]}"
+        for name in self.names:
+            if name.search(row["path"]) or name.search(row["title"]):
+                return f"held out: named like {name.pattern}"
+        if len(self.hashes):
+            distance = (self.hashes != dhash).sum(1)
+            i = int(distance.argmin())
+            if distance[i] <= 5:
+                return f"held out: hash {distance[i]} bits from {self.hash_names[i]}"
+        if len(self.views):
+            correlation = self.views @ standardise(shots).T
+            i = int(correlation.max(1).argmax())
+            if correlation.max() > 0.97:
+                return f"held out: correlation {correlation.max():.3f} with {self.view_names[i]}"
+        return None
+
+
+def hold_out(files):
+    """Adds pictures to heldout.toml, with what is needed to know them again."""
+    path = HERE / "heldout.toml"
+    text = path.read_text() if path.exists() else ""
+    known = {e.get("sha256") for e in tomllib.loads(text).get("picture", [])}
+    for file in files:
+        data = Path(file).read_bytes()
+        sha = hashlib.sha256(data).hexdigest()
+        if sha in known:
+            continue
+        known.add(sha)
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        dhash = np.packbits(difference_hash(picture)).tobytes().hex()
+        shots = ",\n".join(f'  "{v.tobytes().hex()}"' for v in views(picture))
+        text += f'\n[[picture]]\nname = "{Path(file).stem}"\nsha256 = "{sha}"\ndhash = "{dhash}"\nviews = [\n{shots},\n]\n'
+    with writing(path) as part:
+        part.write_text(text)
+
+
+COLUMNS = ["source", "kind", "package", "version", "path", "licence", "author", "title", "width", "height", "tiles", "sha256", "group"]
+
+
+def merge(sources):
+    held_out = HeldOut()
+    known_hashes, known_views, known_names = np.zeros((0, 64), bool), np.zeros((0, 256), np.float32), []
+    known_sha = {}
+    manifest, excluded, summary = [], [], []
+    wanted = set()
+    for source in sources:
+        file = WORK / "candidates" / f"{source.id}.npz"
+        if not file.exists():
+            continue
+        with np.load(file) as c:
+            rows, counts, hashes = json.loads(str(c["rows"])), c["counts"], c["hashes"]
+            ends = np.cumsum(c["view_counts"])
+            shots = np.split(c["views"], ends[:-1]) if len(ends) else []
+        starts = np.cumsum(counts) - counts
+        kept, numbers = [], []
+        for i in sorted(range(len(rows)), key=lambda i: rows[i]["path"]):
+            row = rows[i]
+            name = f"{source.id}: {row['path']}"
+            reason = held_out.holds(source, row, hashes[i], shots[i])
+            view = standardise(shots[i][:1])
+            if not reason and row["sha256"] in known_sha:
+                reason = f"same file as {known_sha[row['sha256']]}"
+            if not reason and known_names:
+                correlation = known_views @ view[0]
+                distance = (known_hashes != hashes[i]).sum(1)
+                j = int(np.argmax(np.where(distance <= 8, correlation, -1)))
+                if distance[j] <= 8 and correlation[j] > 0.95:
+                    reason = f"near-duplicate of {known_names[j]}"
+            if reason:
+                excluded.append((name, reason))
+                continue
+            known_sha[row["sha256"]] = name
+            known_names.append(name)
+            known_hashes = np.concatenate([known_hashes, hashes[i : i + 1]])
+            known_views = np.concatenate([known_views, view])
+            kept.append(row | {"source": source.id, "kind": source.kind, "package": source.name, "version": source.version, "tiles": int(counts[i])})
+            numbers += range(starts[i], starts[i] + counts[i])
+        manifest += kept
+        if not kept:
+            continue
+        wanted.add(source.id)
+        write_tiles(source, file, numbers)
+        summary.append((source.id, len(kept), len(numbers)))
+    for old in (WORK / "tiles").glob("*.npy"):
+        if old.stem not in wanted:
+            old.unlink()
+            old.with_suffix(".key").unlink(missing_ok=True)
+    manifest.sort(key=lambda r: (r["source"], r["path"]))
+    with writing(HERE / "manifest.csv") as part, part.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(manifest)
+    with writing(WORK / "excluded.csv") as part, part.open("w", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows(excluded)
+    report(manifest, excluded, summary)
+
+
+def write_tiles(source, candidates, numbers):
+    """Writes work/tiles/ID.npy and the contact sheet, unless they are there already."""
+    target, mark = WORK / "tiles" / f"{source.id}.npy", WORK / "tiles" / f"{source.id}.key"
+    key = hashlib.sha256(f"{source.key()} {[int(n) for n in numbers]}".encode()).hexdigest()
+    if target.exists() and mark.exists() and mark.read_text() == key:
+        return
+    with np.load(candidates) as c:
+        tiles = c["tiles"][numbers]
+    with writing(target) as part, part.open("wb") as f:
+        np.save(f, tiles)
+    sheet(tiles, WORK / "sheets" / f"{source.id}.png")
+    mark.write_text(key)
+
+
+def sheet(tiles, path, count=10, side=144):
+    """Ten of the tiles, chosen by the seed, at half size."""
+    chosen = np.random.default_rng(SEED).permutation(len(tiles))[:count]
+    picture = Image.new("RGB", (side * 5, side * -(-len(chosen) // 5)))
+    for n, i in enumerate(sorted(chosen)):
+        picture.paste(Image.fromarray(tiles[i]).resize((side, side)), (side * (n % 5), side * (n // 5)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def report(manifest, excluded, summary):
+    print()
+    for name, pictures, tiles in summary:
+        print(f"{tiles:6} tiles of {pictures:5} pictures  {name}")
+    for column in ("group", "licence"):
+        print()
+        for value in sorted({r[column] for r in manifest}):
+            of = [r for r in manifest if r[column] == value]
+            print(f"{sum(r['tiles'] for r in of):6} tiles of {len(of):5} pictures  {value}")
+    print()
+    for name, reason in excluded:
+        if reason.startswith("held out"):
+            print(f"{name}: {reason}")
+    duplicates = sum(not reason.startswith("held out") for _, reason in excluded)
+    print(f"{duplicates} near-duplicates dropped (work/excluded.csv)")
+    print(f"\n{sum(r['tiles'] for r in manifest)} tiles of {len(manifest)} pictures")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="only these sources")
+    parser.add_argument("--merge-only", action="store_true", help="collect nothing, only apply heldout.toml and write the tiles")
+    parser.add_argument("--hold-out", nargs="+", metavar="FILE", help="add pictures to heldout.toml")
+    parser.add_argument("--discard-downloads", action="store_true", help="delete each archive after use")
+    args = parser.parse_args()
+    if args.hold_out:
+        hold_out(args.hold_out)
+        return 0
+    sources = read_sources()
+    unknown = set(args.names) - {s.id for s in sources}
+    if unknown:
+        raise Failure(f"no source is called {', '.join(sorted(unknown))}")
+    failed = []
+    for source in sources:
+        if args.merge_only or (args.names and source.id not in args.names):
+            continue
+        try:
+            collect(source)
+        except (Failure, OSError, subprocess.SubprocessError) as e:
+            failed.append(source.id)
+            print(f"{source.id}: failed: {e}", file=sys.stderr)
+        if args.discard_downloads:
+            shutil.rmtree(WORK / "downloads", ignore_errors=True)
+    merge(sources)
+    if failed:
+        print(f"failed: {', '.join(failed)}; run again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Failure as e:
+        sys.exit(f"collect.py: {e}")

@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Judges a model folder on the pictures of heldout.toml, with the crate's own examples at their default settings.
+
+    python3 heldout.py                                        # once: work/heldout/{evaluation,tuning}/{content,style,texture}/NAME.png
+    cargo build --release --examples
+    python3 evaluate.py --model ../../assets/mini --name bundled
+    python3 evaluate.py --table                               # the table of all that were judged, as in weights.md
+
+Every content meets several styles, every style several contents; what is counted:
+
+- `patches`, `colours`: sliced Wasserstein distance to the style, of patches over three scales and of colours, relative to that of the
+  untouched content: 1 is no style, 0 the style itself;
+- `structure`: MS-SSIM to the content;
+- `textures`: distance of a synthesised texture to its source, relative to that of another crop of the source: 1 is what nature does;
+- PSNR of the autoencoder, and errors of the denoising, on held-out tiles.
+
+Pictures that are there already are not made again. Results, pictures and a contact sheet of all lie in work/evaluation/NAME.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+parser.add_argument("--model", type=Path, help="folder in diffusers layout")
+parser.add_argument("--name", help="what to call it")
+parser.add_argument("--set", default="evaluation", choices=("evaluation", "tuning"))
+parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
+parser.add_argument("--pairs", type=int, default=144, help="of content and style, in all")
+parser.add_argument("--textures", type=int, default=12)
+parser.add_argument("--flags", default="", help="for style_transfer, such as '--content-weight 0.15'")
+parser.add_argument("--binaries", type=Path, default=HERE / "../../target/release/examples")
+parser.add_argument("--work", type=Path, default=HERE / "work")
+parser.add_argument("--table", action="store_true")
+args = parser.parse_args()
+
+
+def run(example, *flags):
+    command = [args.binaries / example, *map(str, flags)]
+    libraries = os.pathsep.join(filter(None, [str(HERE / "../../.libtorch/torch/lib"), os.environ.get("LD_LIBRARY_PATH")]))
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "LD_LIBRARY_PATH": libraries}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def metrics(*flags):
+    return {name: float(value) for name, value in (line.split() for line in run("metrics", *flags).splitlines())}
+
+
+def patches(found):
+    """The mean over the scales: they are of one order."""
+    scales = [value for name, value in found.items() if name.startswith("patch_distance_scale_")]
+    return sum(scales) / len(scales)
+
+
+def fitted(picture, side, folder):
+    """A held-out picture in the size of a run, so that scaling is the same for all models."""
+    path = folder / f"{picture.parent.name}_{picture.stem}_{side}.png"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.open(picture).convert("RGB").resize((side, side), Image.Resampling.LANCZOS).save(path)
+    return path
+
+
+def pairs(contents, styles):
+    """Round after round each content with another style; the first rounds suffice for a smaller number."""
+    every = [(c, (c + r) % len(styles)) for r in range(len(styles)) for c in range(len(contents))]
+    return [(contents[c], styles[s]) for c, s in every[: args.pairs]]
+
+
+def sheet(rows, path, side=96):
+    """Rows of content, style, result; three of them beside one another."""
+    columns, width = 3, max(len(row) for row in rows)
+    picture = Image.new("RGB", (columns * (width * side + 8) - 8, -(-len(rows) // columns) * (side + 4) - 4), "white")
+    for n, row in enumerate(rows):
+        for i, file in enumerate(row):
+            tile = Image.open(file).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            picture.paste(tile, (n % columns * (width * side + 8) + i * side, n // columns * (side + 4)))
+    picture.save(path)
+
+
+def transfers(held, folder, inputs, side):
+    contents, styles = (sorted((held / role).glob("*.png")) for role in ("content", "style"))
+    found, rows = [], []
+    for content, style in pairs(contents, styles):
+        content, style = fitted(content, side, inputs), fitted(style, side, inputs)
+        output = folder / f"{content.stem}__{style.stem}.png"
+        judged = output.with_suffix(".json")
+        if not judged.exists():
+            run("style_transfer", "--model", args.model, "--content", content, "--style", style, "--size", f"{side}x{side}", "--output", output, *args.flags.split())
+            before = metrics("--result", content, "--style", style)
+            after = metrics("--result", output, "--style", style, "--content", content)
+            numbers = dict(patches=patches(after) / patches(before), colours=after["colour_distance"] / before["colour_distance"], structure=after["ms_ssim"])
+            judged.write_text(json.dumps(numbers))
+        found.append(json.loads(judged.read_text()))
+        rows.append((content, style, output))
+    if rows:
+        sheet(rows, folder / f"transfers_{side}.png")
+    return found
+
+
+def textures(held, folder, inputs):
+    found, rows = [], []
+    for picture in sorted((held / "texture").glob("*.png"))[: args.textures]:
+        source, other = (inputs / f"crop_{name}_{picture.stem}.png" for name in ("a", "b"))
+        if not other.exists():
+            whole = Image.open(picture).convert("RGB")
+            whole.crop((0, 0, 256, 256)).save(source)
+            whole.crop((whole.width - 256, whole.height - 256, whole.width, whole.height)).save(other)
+        output = folder / f"texture_{picture.stem}.png"
+        judged = output.with_suffix(".json")
+        if not judged.exists():
+            run("texture_synthesis", "--model", args.model, "--style", source, "--method", "sample", "--size", "256x256", "--output", output)
+            natural, made = (patches(metrics("--result", result, "--style", source)) for result in (other, output))
+            judged.write_text(json.dumps(dict(natural=natural, made=made, ratio=made / natural)))
+        found.append(json.loads(judged.read_text()))
+        rows.append((source, output))
+    if rows:
+        sheet(rows, folder / "textures.png")
+    return found
+
+
+def networks():
+    """What needs no pictures made: the autoencoder's PSNR and the denoising errors."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    import autoencoder
+    from data import Tiles
+    from denoising import Denoising
+
+    tiles = Tiles(args.work)
+    vae = AutoencoderKL.from_pretrained(args.model / "vae", torch_dtype=torch.float32).eval()
+    unet = UNet2DConditionModel.from_pretrained(args.model / "unet", torch_dtype=torch.float32).eval()
+    prediction = json.loads((args.model / "scheduler/scheduler_config.json").read_text())["prediction_type"]
+    with torch.no_grad():
+        latents = vae.encode(tiles.held_out(128)).latent_dist.mean * vae.config.scaling_factor
+        return dict(psnr=round(autoencoder.psnr(vae, tiles.held_out(256, 24)), 2), **Denoising(unet, prediction).held_out(latents))
+
+
+def mean(found, name):
+    return round(sum(f[name] for f in found) / len(found), 3) if found else None
+
+
+def judge():
+    held, folder = args.work / "heldout" / args.set, args.work / "evaluation" / args.name
+    inputs = args.work / "evaluation" / "inputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = dict(name=args.name, set=args.set, flags=args.flags, **networks())
+    for side in args.sizes:
+        found = transfers(held, folder, inputs, side)
+        result[f"transfers_{side}"] = dict(pairs=len(found), **{name: mean(found, name) for name in ("patches", "colours", "structure")})
+    found = textures(held, folder, inputs)
+    result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"))
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+def table():
+    results = [json.loads(path.read_text()) for path in sorted((args.work / "evaluation").glob("*/result.json"))]
+    sizes = sorted({name for r in results for name in r if name.startswith("transfers_")}, key=lambda n: int(n.split("_")[1]))
+    head = ["model", "PSNR, dB", "v error", "by quarter of t"]
+    head += [f"{what}, {name.split('_')[1]} px" for name in sizes for what in ("patches", "colours", "structure")] + ["textures"]
+    print("| " + " | ".join(head) + " |")
+    print("|---" + "|--:" * (len(head) - 1) + "|")
+    for r in results:
+        cells = [r["name"], r["psnr"], r["v"], " ".join(map(str, r["v_quarters"]))]
+        cells += [r.get(name, {}).get(what, "") for name in sizes for what in ("patches", "colours", "structure")] + [r["textures"]["ratio"]]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+table() if args.table else judge()

@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""Puts a trained model together in f16, ready to ship.
+
+    python3 export.py --output ../../assets/mini      # from work/unet, work/vae, work/scheduler
+    python3 export.py --random --output work/random   # the control: the same autoencoder, a U-Net of random weights
+
+`attention_distillation.json`, the model's own settings, is kept where the folder has one.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 9_500_000
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+parser.add_argument("--output", type=Path, required=True)
+parser.add_argument("--random", action="store_true")
+parser.add_argument("--work", type=Path, default=HERE / "work")
+args = parser.parse_args()
+
+vae = AutoencoderKL.from_pretrained(args.work / "vae")
+unet = UNet2DConditionModel.from_pretrained(args.work / "unet")
+if args.random:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(unet.config)
+for name, network in (("vae", vae), ("unet", unet)):
+    network.half().save_pretrained(args.output / name)
+    # Where it was trained is nobody's business.
+    config = args.output / name / "config.json"
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2) + "\n")
+DDIMScheduler.from_pretrained(args.work / "scheduler").save_pretrained(args.output / "scheduler")
+index = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": content["_diffusers_version"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": [None, None],
+    "tokenizer": [None, None],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+}
+(args.output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+settings = args.output / "attention_distillation.json"
+if not settings.exists():
+    settings.write_text(json.dumps({"layers": [3, 9], "size": [256, 256], "steps": 20, "iterations": 3}, indent=2) + "\n")
+size = sum(path.stat().st_size for path in args.output.glob("*/*.safetensors"))
+print(f"{args.output}: {size} bytes of weights")
+if size > LIMIT:
+    raise SystemExit(f"more than {LIMIT}: make the networks smaller")

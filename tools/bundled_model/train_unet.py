@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Trains the U-Net on latents of random crops, encoded on the fly.
+
+    python3 train_unet.py [--device cuda]     # work/unet: goes on where it was stopped
+
+Its features are what attention distillation lives on. Hence v-prediction (Salimans & Ho 2022): at high noise, where noise prediction has
+almost nothing to learn, it asks for the picture, which is where features of structure come from. Queries and keys start wider than usual,
+since attention that is uniform at the start stays so for long.
+"""
+
+import argparse
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from data import HERE, Tiles
+from denoising import Denoising, scheduler
+from optim import Muon
+from training import Run
+
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+parser.add_argument("--steps", type=int, default=10000)
+parser.add_argument("--cooldown", type=int, default=3000)
+parser.add_argument("--lr", type=float, default=2e-3)
+parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
+parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+parser.add_argument("--attention-width", type=float, default=2.0, help="factor on the first weights of queries and keys")
+parser.add_argument("--batch", type=float, default=1.0, help="factor on the batch size, which is for two cores")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--work", default=HERE / "work", type=type(HERE))
+parser.add_argument("--name", default="unet")
+args = parser.parse_args()
+torch.set_num_threads(args.threads)
+
+CONFIG = dict(
+    sample_size=64,
+    in_channels=8,
+    out_channels=8,
+    # No attention at full resolution on the way down, where it costs most and is not used.
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(48, 80, 96),
+    layers_per_block=2,
+    cross_attention_dim=32,
+    attention_head_dim=(1, 2, 2),  # diffusers' name for the number of heads
+    norm_num_groups=16,
+)
+# Latents a side, pictures per batch, and how often each is drawn: small ones first, since they teach the same for less.
+SIZES = ((16, 12), (24, 6), (32, 4), (48, 2))
+EARLY, LATE = (0.7, 0.2, 0.1, 0.0), (0.1, 0.2, 0.5, 0.2)
+
+torch.manual_seed(args.seed)
+vae = AutoencoderKL.from_pretrained(args.work / "vae_init").to(args.device).eval().requires_grad_(False)
+unet = UNet2DConditionModel(**CONFIG)
+with torch.no_grad():
+    for name, weight in unet.named_parameters():
+        if "attn1.to_q" in name or "attn1.to_k" in name:
+            weight.mul_(args.attention_width)
+unet = unet.to(args.device).train()
+denoising = Denoising(unet, args.prediction, args.device)
+tiles = Tiles(args.work)
+
+
+def encode(pictures):
+    with torch.no_grad():
+        return vae.encode(pictures.to(args.device)).latent_dist.mean
+
+
+def loss_of(run):
+    # Cheap sizes for the first 40 %, then the sizes that the model is used at.
+    odds = EARLY if run.step < 0.4 * args.steps else LATE
+    side, count = SIZES[run.rng.choice(len(SIZES), p=odds)]
+    x = encode(tiles.crops(max(1, round(count * args.batch)), 4 * side, run.rng))
+    t = torch.randint(0, 1000, (len(x),), device=args.device, generator=run.generator)
+    return denoising.loss(x, t, torch.randn(x.shape, device=args.device, generator=run.generator))
+
+
+held_out = encode(tiles.held_out(128))
+if args.optimizer == "muon":
+    optimizer = Muon(unet, args.lr)
+else:
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+run = Run(args.work / f"{args.name}_run", unet, optimizer, args.steps, args.cooldown, args.seed)
+done = run.go(loss_of, lambda _: denoising.held_out(held_out))
+run.averaged(lambda _: unet.save_pretrained(args.work / args.name))
+scheduler(args.prediction).save_pretrained(args.work / "scheduler")
+print("done" if done else "stopped; the same command goes on")

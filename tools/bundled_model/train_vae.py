@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Trains the autoencoder: writes its encoder, then trains the decoder on latents with noise.
+
+    python3 train_vae.py --init               # work/vae_init: the linear code, enough for train_unet.py to begin
+    python3 train_vae.py [--device cuda]      # work/vae: goes on where it was stopped
+
+The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
+noisy latents takes it for such. Half of the batches are nearly without, so that sharpness does not suffer more than need be.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+import autoencoder
+from data import HERE, Tiles
+from optim import Muon
+from training import Run
+
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+parser.add_argument("--init", action="store_true", help="only write the linear start")
+parser.add_argument("--steps", type=int, default=6000)
+parser.add_argument("--cooldown", type=int, default=2400)
+parser.add_argument("--lr", type=float, default=1.5e-3)
+parser.add_argument("--noise", type=float, default=0.4, help="largest deviation of the noise on latents, whose own is 1")
+parser.add_argument("--random-weight", type=float, default=0.1, help="weight of the loss on random features")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--work", default=HERE / "work", type=type(HERE))
+args = parser.parse_args()
+torch.set_num_threads(args.threads)
+
+tiles = Tiles(args.work)
+start = args.work / "vae_init"
+if args.init or not start.exists():
+    import numpy as np
+
+    vae = autoencoder.build(tiles.crops(600, 128, np.random.default_rng(args.seed)), args.seed)
+    vae.save_pretrained(start)
+    print(f"linear start: {autoencoder.psnr(vae.eval(), tiles.held_out(256)):.2f} dB on held-out pictures")
+    if args.init:
+        raise SystemExit
+vae = AutoencoderKL.from_pretrained(start).to(args.device).train()
+for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv):
+    part.requires_grad_(False)
+
+
+class RandomFeatures(torch.nn.Module):
+    """A network of random weights: distances between its features tell textures apart that pixels' distances blur."""
+
+    def __init__(self, seed=1):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.kernels = torch.nn.ParameterList()
+        for outputs, inputs in ((24, 3), (48, 24)):
+            kernel = torch.randn(outputs, inputs, 3, 3, generator=generator)
+            kernel -= kernel.mean((2, 3), keepdim=True)  # flat places excite nothing
+            self.kernels.append(torch.nn.Parameter(kernel / kernel.flatten(1).norm(dim=1).view(-1, 1, 1, 1), requires_grad=False))
+
+    def forward(self, x):
+        found = []
+        for kernel in self.kernels:
+            x = F.relu(F.conv2d(x, kernel, padding=1))
+            found.append(x)
+            x = F.avg_pool2d(x, 2)
+        return found
+
+
+features = RandomFeatures().to(args.device)
+
+
+def distance(x, y):
+    loss = (x - y).abs().mean()
+    for k in (2, 4):
+        loss = loss + 0.5 * (F.avg_pool2d(x, k) - F.avg_pool2d(y, k)).abs().mean()
+    for axis in (2, 3):
+        loss = loss + 0.5 * (x.diff(dim=axis) - y.diff(dim=axis)).abs().mean()
+    if args.random_weight:
+        loss = loss + args.random_weight * sum((a - b).abs().mean() for a, b in zip(features(x), features(y)))
+    return loss
+
+
+def loss_of(run):
+    side, count = (64, 16) if run.step < 0.7 * args.steps else (128, 4)
+    x = tiles.crops(count, side, run.rng).to(args.device)
+    with torch.no_grad():
+        z = vae.encode(x).latent_dist.mean
+        amount = torch.rand(len(x), 1, 1, 1, device=args.device, generator=run.generator)
+        amount = 0.02 + args.noise * amount * (torch.rand(amount.shape, device=args.device, generator=run.generator) < 0.6)
+        z = z + amount * torch.randn(z.shape, device=args.device, generator=run.generator)
+    return distance(x, vae.decode(z).sample)
+
+
+held_out = tiles.held_out(256, 24).to(args.device)
+
+
+def validate(run):
+    return {"psnr": round(autoencoder.psnr(vae, held_out), 2)}
+
+
+optimizer = Muon(vae, args.lr, decay=1e-3, outer=("decoder.conv_in", "decoder.conv_out", "encoder"))
+run = Run(args.work / "vae_run", vae, optimizer, args.steps, args.cooldown, args.seed, average=0.995, every=500)
+done = run.go(loss_of, validate)
+run.averaged(lambda _: vae.save_pretrained(args.work / "vae"))
+print("done" if done else "stopped; the same command goes on")

@@ -1,0 +1,118 @@
+"""What both trainings share: a schedule, an average of the weights, a log, and checkpoints that survive a kill."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class Run:
+    """A training run of `steps` steps, the last `cooldown` of which lower the learning rate to nothing.
+
+    The state is saved every `every` steps, at the start of the cooldown (`trunk.pt`, from which a longer run can go on at the full
+    rate) and on SIGTERM or SIGINT. It holds everything that the next step depends on, the generators included, so a run that was
+    killed and started again ends with the same weights, up to the roundings of the machine.
+    """
+
+    def __init__(self, folder, model, optimizer, steps, cooldown, seed, warmup=100, average=0.998, every=250):
+        self.folder, self.model, self.optimizer = Path(folder), model, optimizer
+        self.steps, self.cooldown, self.warmup, self.average, self.every = steps, cooldown, warmup, average, every
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
+        self.device = next(model.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.step, self.seconds, self.loss = 0, 0.0, None
+        self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.stop = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._stop)
+        self._resume()
+
+    def _stop(self, *_):
+        self.stop = True
+
+    def _resume(self):
+        first_of_cooldown = self.steps - self.cooldown
+        for name in ("state.pt", "trunk.pt"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            state = torch.load(path, map_location=self.device, weights_only=False)
+            # A state from within a cooldown does not go on at the full rate.
+            if state["cooldown_from"] is not None and state["cooldown_from"] != first_of_cooldown:
+                continue
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema, self.step, self.seconds, self.loss = state["ema"], state["step"], state["seconds"], state["loss"]
+            self.rng.bit_generator.state = state["rng"]
+            self.generator.set_state(state["generator"].cpu())
+            self.say(f"goes on from {name}")
+            return
+
+    def save(self, name="state.pt"):
+        first_of_cooldown = self.steps - self.cooldown
+        state = dict(
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema, step=self.step, seconds=self.seconds, loss=self.loss,
+            rng=self.rng.bit_generator.state, generator=self.generator.get_state(), cooldown_from=first_of_cooldown if self.step > first_of_cooldown else None,
+        )
+        torch.save(state, self.folder / "new.pt")
+        os.replace(self.folder / "new.pt", self.folder / name)
+
+    def say(self, text, **numbers):
+        line = f"step {self.step} after {self.seconds:.0f} s: {text}"
+        print(line, flush=True)
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(dict(step=self.step, seconds=round(self.seconds), text=text, **numbers)) + "\n")
+
+    def factor(self):
+        left = self.steps - self.step
+        return min(1.0, (self.step + 1) / self.warmup, left / self.cooldown if self.cooldown else 1.0)
+
+    def go(self, loss_of, validate):
+        """`loss_of(run)` gives the loss of a fresh batch, `validate(run)` a dict of numbers for the averaged weights."""
+        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        while self.step < self.steps and not self.stop:
+            start = time.perf_counter()
+            if self.step == self.steps - self.cooldown:
+                self.save("trunk.pt")
+            for group, rate in zip(self.optimizer.param_groups, self.rates):
+                group["lr"] = rate * self.factor()
+            loss = loss_of(self)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            self.optimizer.step()
+            keep = min(self.average, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                for k, v in self.model.state_dict().items():
+                    self.ema[k].lerp_(v, 1 - keep)
+            self.step += 1
+            value = loss.item()
+            self.loss = value if self.loss is None else 0.99 * self.loss + 0.01 * value
+            self.seconds += time.perf_counter() - start
+            if self.step % 50 == 0:
+                self.say(f"loss {self.loss:.4f}", loss=self.loss)
+            if self.step % self.every == 0 or self.step == self.steps:
+                self.save()
+                numbers = self.averaged(validate)
+                self.say("held out: " + ", ".join(f"{k} {v}" for k, v in numbers.items()), **numbers)
+        self.save()
+        return self.step == self.steps
+
+    def averaged(self, what):
+        """`what(run)` with the averaged weights in the model."""
+        own = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return what(self)
+        finally:
+            self.model.load_state_dict(own)
+            self.model.train()
