@@ -13,7 +13,7 @@ const MOST_COLOURS: i64 = 256;
 const STRAY_COLOURS: usize = 8;
 
 /// A stray colour has at most one pixel of so many.
-const STRAY_AREA: i64 = 500;
+const STRAY_AREA: i64 = 200;
 
 /// What keeps a dark blue apart from a grey.
 const COLOURED: i64 = 1 << 24;
@@ -27,7 +27,7 @@ impl LabelMap {
     /// a grey picture's bytes; other colours are `2^24 + 0xrrggbb`.
     ///
     /// Paint in flat colours, and save as PNG: a JPEG, a brush with smooth edges or a map that was scaled smoothly adds colours
-    /// between the painted ones, each of them a label of its own. Many that are nowhere 3 pixels wide and have less than 1/500 of the
+    /// between the painted ones, each of them a label of its own. Many that are nowhere 3 pixels wide and have less than 1/200 of the
     /// pixels are taken for these and refused; of a few, `tracing` warns. Regions that are meant to be so fine make a map by
     /// [`new`](Self::new), and areas that are meant to blend one by [`soft`](Self::soft).
     ///
