@@ -161,7 +161,7 @@ impl LabelMap {
         self.with(areas, self.identity.clone())
     }
 
-    /// On another device. Maps work on any; on the pictures' own they are not copied there for every loss.
+    /// On another device. Maps work on any: what a run needs of them is brought to the pictures' own once.
     ///
     /// # Errors
     /// libtorch's.

@@ -48,7 +48,7 @@ pub(super) fn adain(latents: &Tensor, references: &References, tables: &Tables) 
     like(&moved.f_to_kind(Kind::Float)?, latents)
 }
 
-/// For each style what its [table](crate::bias::Table) is multiplied with, `(labels of the picture, 1)` in f64: pixels are counted,
+/// For each style what its table is multiplied with, `(labels of the picture, 1)` in f64: pixels are counted,
 /// so for each label the smallest of all weights is to be 1.
 fn factors(tables: &Tables, device: Device) -> Result<Vec<Tensor>> {
     let mut least: BTreeMap<usize, f64> = BTreeMap::new();
