@@ -32,7 +32,10 @@ pub struct LabelMap {
 /// Which map it is: all handles on one share it. With it goes the map at the resolution of the canvas that it was last
 /// [cropped](LabelMap::crop) on.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Identity(Arc<Mutex<Option<((i64, i64), Tensor)>>>);
+pub(crate) struct Identity(Arc<Mutex<Option<Resized>>>);
+
+/// `(height, width)`, and the map in it.
+type Resized = ((i64, i64), Tensor);
 
 impl PartialEq for Identity {
     fn eq(&self, other: &Self) -> bool {

@@ -579,7 +579,8 @@ fn the_bias_is_built_once_in_a_run() {
     let mut whole = run(masked());
     assert_eq!(built(&mut || drop(whole.finish().unwrap())), grids);
     // Changed between steps, it is the bias of what is there then.
-    let changes: [(&str, fn(&mut References)); 6] = [
+    type Change = fn(&mut References);
+    let changes: [(&str, Change); 6] = [
         ("labels", |references| references.labels = Some(map(&[1, 2, 1], 6, 8))),
         ("a style's labels", |references| references.styles[0].labels = Some(map(&[2, 1], 8, 4))),
         ("weight", |references| references.styles[1].weight = 0.5),
