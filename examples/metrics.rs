@@ -3,12 +3,11 @@
 //! `cargo run --release --example metrics -- --result out.png --style painting.jpg --content photo.jpg`
 
 use attention_distillation::metrics::{self, PatchConfig};
-use attention_distillation::{device, image, tch, Error, Result};
+use attention_distillation::{device, image, tch::Tensor, Error, LabelMap, Result};
 use clap::Parser;
 use std::{io::Write, path::PathBuf, process::ExitCode};
-use tch::{Kind, Tensor};
 
-/// Prints a line `name value` for each metric of a result; distances are in picture values, 0 to 1.
+/// Prints a line `name value` for each metric of a result; distances are in picture values, 0 to 1. A region's is named by its colour.
 #[derive(Debug, Parser)]
 struct Flags {
     /// The picture to judge
@@ -23,12 +22,12 @@ struct Flags {
     /// Scale each style to about the result's area, as style_transfer has done; without it, pixels are compared as they are
     #[arg(long)]
     fit_styles: bool,
-    /// Its regions, painted in a PNG that lies over the whole of it: a grey value or a colour is a label
-    #[arg(long, value_name = "FILE", requires = "style_labels")]
-    result_labels: Option<PathBuf>,
+    /// The result's regions, painted in a PNG that lies over the whole of it: each colour is a label
+    #[arg(long, value_name = "FILE", alias = "result-labels", requires = "style_mask")]
+    target_mask: Option<PathBuf>,
     /// The same for each style, in their order
-    #[arg(long, value_name = "FILE", requires = "result_labels")]
-    style_labels: Vec<PathBuf>,
+    #[arg(long, value_name = "FILE", alias = "style-labels", requires = "target_mask")]
+    style_mask: Vec<PathBuf>,
     /// The same seed gives the same numbers
     #[arg(long, value_name = "N", default_value_t = PatchConfig::default().seed)]
     seed: u64,
@@ -40,7 +39,7 @@ struct Flags {
 fn main() -> ExitCode {
     match run(&Flags::parse()) {
         // `println!` would panic where the reader has gone, as `head` does.
-        Ok(values) => match values.iter().try_for_each(|(name, value)| writeln!(std::io::stdout(), "{name} {value:.6}")) {
+        Ok(values) => match values.iter().try_for_each(|(name, value)| writeln!(std::io::stdout(), "{name} {value}")) {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         },
@@ -52,11 +51,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(flags: &Flags) -> Result<Vec<(String, f64)>> {
+fn run(flags: &Flags) -> Result<Vec<(String, String)>> {
     let device = flags.device.as_deref().map_or_else(|| Ok(device::best()), device::parse)?;
-    if flags.result_labels.is_some() && flags.style_labels.len() != flags.style.len() {
-        let reason = format!("{} for {} styles; give one for each", flags.style_labels.len(), flags.style.len());
-        return Err(Error::Argument { argument: "--style-labels", reason });
+    if flags.target_mask.is_some() && flags.style_mask.len() != flags.style.len() {
+        let reason = format!("{} are given for {} styles; give one for each, in their order", flags.style_mask.len(), flags.style.len());
+        return Err(Error::Argument { argument: "style masks", reason });
     }
     let result = image::load(&flags.result)?.f_to_device(device)?;
     let (height, width) = image::size(&result)?;
@@ -67,53 +66,40 @@ fn run(flags: &Flags) -> Result<Vec<(String, f64)>> {
         image::resize(&style, if flags.fit_styles { image::size_of_area(size, height * width, 1)? } else { size })
     };
     let styles = flags.style.iter().map(style).collect::<Result<Vec<_>>>()?;
-    let result_labels = flags.result_labels.as_ref().map(|file| labels(file, &result)).transpose()?;
-    let style_labels = flags.style_labels.iter().zip(&styles).map(|(file, style)| labels(file, style)).collect::<Result<Vec<_>>>()?;
+    let target = flags.target_mask.as_ref().map(labels).transpose()?;
+    let masks = flags.style_mask.iter().map(labels).collect::<Result<Vec<_>>>()?;
 
     let mut config = PatchConfig::default();
     config.seed = flags.seed;
     let mut values = vec![];
     for (i, style) in styles.iter().enumerate() {
         let prefix = if styles.len() > 1 { format!("style_{i}_") } else { String::new() };
-        let mut show = |name: &str, value: f64| values.push((format!("{prefix}{name}"), value));
+        let mut show = |name: &str, value: f64| values.push((format!("{prefix}{name}"), format!("{value:.4}")));
         let distance = metrics::patch_distance(&result, style, &config)?;
         show("patch_distance", distance.mean);
         for (scale, value) in distance.scales.iter().enumerate() {
             show(&format!("patch_distance_scale_{scale}"), *value);
         }
         show("colour_distance", metrics::colour_distance(&result, style, flags.seed)?);
-        if let (Some(ours), Some(theirs)) = (&result_labels, style_labels.get(i)) {
+        if let (Some(ours), Some(theirs)) = (&target, masks.get(i)) {
             for (label, distance) in metrics::patch_distance_by_region((&result, ours), (style, theirs), &config)? {
-                show(&format!("patch_distance_label_{label}"), distance.mean);
+                show(&format!("patch_distance_label_{}", ours.name(label)), distance.mean);
             }
             for (label, distance) in metrics::colour_distance_by_region((&result, ours), (style, theirs), flags.seed)? {
-                show(&format!("colour_distance_label_{label}"), distance);
+                show(&format!("colour_distance_label_{}", ours.name(label)), distance);
             }
         }
     }
     if let Some(content) = content {
         let content = image::resize(&content, (height, width))?;
-        values.push(("ms_ssim".into(), metrics::ms_ssim(&result, &content)?));
-        values.push(("psnr".into(), metrics::psnr(&result, &content)?));
+        values.push(("ms_ssim".into(), format!("{:.4}", metrics::ms_ssim(&result, &content)?)));
+        values.push(("psnr".into(), format!("{:.2}", metrics::psnr(&result, &content)?)));
     }
     let seam = metrics::seam_ratio(&result)?;
-    values.extend([("seam_ratio_x".into(), seam.x), ("seam_ratio_y".into(), seam.y)]);
+    values.extend([("seam_ratio_x", seam.x), ("seam_ratio_y", seam.y)].map(|(name, ratio)| (name.into(), format!("{ratio:.2}"))));
     Ok(values)
 }
 
-/// The label of a grey pixel is its value, 0 to 255, that of another is `0x1RRGGBB`, which no grey has. A map of another size
-/// than its picture is scaled by nearest neighbour.
-fn labels(file: &PathBuf, of: &Tensor) -> Result<Tensor> {
-    let picture = image::load(file)?;
-    let (height, width) = image::size(&picture)?;
-    let label = |pixel: &[u8]| match *pixel {
-        [r, g, b] if r != g || g != b => f64::from(u32::from_be_bytes([1, r, g, b])),
-        [grey, ..] => f64::from(grey),
-        [] => 0.0,
-    };
-    let pixels = image::to_rgb8(&picture)?.into_raw_vec_and_offset().0;
-    let labels: Vec<f64> = pixels.chunks_exact(3).map(label).collect();
-    let (to_height, to_width) = image::size(of)?;
-    let labels = Tensor::f_from_slice(&labels)?.f_view([1, 1, height, width])?.f_upsample_nearest2d([to_height, to_width], None, None)?;
-    Ok(labels.f_to_kind(Kind::Int64)?)
+fn labels(file: &PathBuf) -> Result<LabelMap> {
+    LabelMap::from_picture(&image::load(file)?).map_err(|error| Error::Image { path: file.clone(), reason: error.to_string() })
 }

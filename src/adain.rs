@@ -1,7 +1,9 @@
 //! Adaptive instance normalisation (Huang and Belongie 2017): a picture's latents get the mean and spread of its styles'.
 
+mod regions;
+
 use crate::scalar::WithNumber;
-use crate::{Error, Result};
+use crate::{Error, References, Result};
 use tch::{Kind, Tensor};
 
 /// Added to the picture's own deviations, which may be 0.
@@ -12,28 +14,64 @@ const EPSILON: f64 = 1e-6;
 /// `latents` are `(batch, channels, height, width)`, or `(batch, tokens, channels)` as flow transformers pack them. The
 /// statistics of each picture are its own; those of the styles are over all of their pixels together, whatever their sizes.
 /// A style of batch 1 serves every picture, else there is one for each. Deviations are unbiased (divided by n - 1).
+/// [`References::adain`] is the same with weights and regions.
 ///
 /// # Errors
 /// No style; another number of axes, channels or pictures; a picture or styles of one pixel, which have no deviation.
 pub fn adain(latents: &Tensor, styles: &[Tensor]) -> Result<Tensor> {
-    let ours = by_channel("latents", latents)?;
-    let (batch, channels, _) = ours.size3()?;
-    let parts = styles.iter().map(|style| {
-        let theirs = by_channel("style", style)?;
-        match theirs.size3()? {
-            (b, c, _) if c == channels && (b == 1 || b == batch) && style.dim() == latents.dim() => Ok(theirs.f_expand([batch, -1, -1], false)?),
-            _ => Err(Error::shape("style", format!("as {:?}, in a batch of 1 or {batch}", latents.size()), style.size())),
+    towards(latents, styles.iter())
+}
+
+impl References {
+    /// [`adain`] by the weights of the styles and by regions.
+    ///
+    /// A style's pixels count as often as its [weight](crate::Style::weight) says: 2 and 1 give the statistics of the first style
+    /// listed twice. Weights are taken relative to the smallest.
+    ///
+    /// Where the picture has [labels](References::labels), each region of it is moved by itself: from its own mean and deviation to
+    /// those of the styles' pixels that it sees in the losses, each counted by its weight there (but without the 1e-6 that soft maps
+    /// let through). In soft maps a pixel is moved as its areas are, by its share of each. A region that sees fewer than two
+    /// pixels takes the statistics of the styles as a whole, and one that has fewer than two pixels is moved as if it had those
+    /// of the picture. Where regions and weights change nothing of the losses, as one label throughout, the styles are taken as a whole.
+    ///
+    /// # Errors
+    /// As [`adain`]; weights, labels and matches that do not go together, as in the losses; labels, but latents of tokens, of which
+    /// there is no telling what lies where.
+    pub fn adain(&self, latents: &Tensor) -> Result<Tensor> {
+        let tables = self.memo.tables(self)?;
+        if tables.plain {
+            return towards(latents, self.counted().map(|style| &style.of));
         }
-    });
-    let parts = parts.collect::<Result<Vec<_>>>()?;
+        regions::adain(latents, self, &tables)
+    }
+}
+
+fn towards<'a>(latents: &Tensor, styles: impl Iterator<Item = &'a Tensor>) -> Result<Tensor> {
+    let ours = by_channel("latents", latents)?;
+    let parts = styles.map(|style| of_style(style, latents)).collect::<Result<Vec<_>>>()?;
     if parts.is_empty() {
         return Err(Error::argument("styles", "AdaIN needs at least one"));
     }
     let (mean, deviation) = statistics("latents", &ours)?;
     let (to_mean, to_deviation) = statistics("style", &Tensor::f_cat(&parts, 2)?)?;
     let moved = ours.f_sub(&mean)?.f_div(&deviation.plus(EPSILON)?)?.f_mul(&to_deviation)?.f_add(&to_mean)?;
-    let moved = if latents.dim() == 3 { moved.f_transpose(1, 2)? } else { moved };
+    like(&moved, latents)
+}
+
+/// Back from [`by_channel`].
+fn like(moved: &Tensor, latents: &Tensor) -> Result<Tensor> {
+    let moved = if latents.dim() == 3 { moved.f_transpose(1, 2)? } else { moved.shallow_clone() };
     Ok(moved.f_reshape(latents.size())?)
+}
+
+/// [`by_channel`], for each picture.
+fn of_style(style: &Tensor, latents: &Tensor) -> Result<Tensor> {
+    let (batch, channels, _) = by_channel("latents", latents)?.size3()?;
+    let theirs = by_channel("style", style)?;
+    match theirs.size3()? {
+        (b, c, _) if c == channels && (b == 1 || b == batch) && style.dim() == latents.dim() => Ok(theirs.f_expand([batch, -1, -1], false)?),
+        _ => Err(Error::shape("style", format!("as {:?}, in a batch of 1 or {batch}", latents.size()), style.size())),
+    }
 }
 
 /// `(batch, channels, pixels)`.

@@ -36,12 +36,12 @@ impl<D: Denoiser> FeatureExtractor<D> {
         Features::extract(&self.denoiser, latents, timestep, &self.condition, self.layers.clone())
     }
 
-    /// The features of references: one forward pass each, without a graph.
+    /// The features of references: one forward pass each, without a graph. Styles of weight 0 are left out.
     ///
     /// # Errors
     /// As [`Features::extract`].
     pub fn references(&self, latents: &References, timestep: f64) -> Result<References<Features>> {
-        tch::no_grad(|| latents.try_map(|z| self.extract(z, timestep)))
+        tch::no_grad(|| latents.try_map_counted(|z| self.extract(z, timestep)))
     }
 
     /// The loss (a scalar, still on its device) and its gradient by `latents` (in their shape and kind): one forward

@@ -14,7 +14,8 @@ use tch::Tensor;
 ///
 /// A step from timestep `t` to the next, `t'`: the noise prediction under [`guidance`](Self::guidance), the scheduler's step,
 /// and then, where `t` is below [`start_time`](Self::start_time):
-/// 1. where [`adain`](Self::adain) is on, the latents get mean and deviation of the styles, noised to `t'`;
+/// 1. where [`adain`](Self::adain) is on, the latents get mean and deviation of the styles, noised to `t'`
+///    ([`References::adain`]: by weights and regions);
 /// 2. styles and content are noised to `t'`, and their features taken under the extractor's null prompt;
 /// 3. `iterations` steps of a fresh optimizer on the latents, with the loss at `t'`.
 ///
@@ -49,7 +50,7 @@ pub struct GuidedSampler<D: Denoiser, O = Adam> {
     pub optimizer: O,
     /// Optimizer steps per timestep; 0 is plain sampling.
     pub iterations: usize,
-    /// Whether the latents get the styles' statistics before the descents.
+    /// Whether the latents get the styles' statistics before the descents, as [`References::adain`] says.
     pub adain: bool,
     /// Descents begin below this timestep.
     pub start_time: f64,

@@ -48,7 +48,7 @@ impl AdLoss {
         if !(self.sharpness.is_finite() && self.sharpness > 0.0) {
             return Err(Error::argument("sharpness", format!("{} is not a positive number", self.sharpness)));
         }
-        if references.styles.iter().all(|style| style.weight == 0.0) {
+        if references.counted().next().is_none() {
             return Err(Error::argument("styles", "the AD loss needs at least one, of a weight above 0"));
         }
         for style in &references.styles {
@@ -72,7 +72,7 @@ impl AdLoss {
 /// The styles' tensors of layer `i`, one after the other along the tokens, for each picture of the batch.
 fn joined(i: usize, query: &Tensor, references: &References<Features>, pick: fn(&LayerFeatures) -> &Tensor) -> Result<Tensor> {
     let (batch, ..) = query.size4()?;
-    let there = references.styles.iter().filter(|style| style.weight != 0.0).filter_map(|style| style.of.layers().nth(i));
+    let there = references.counted().filter_map(|style| style.of.layers().nth(i));
     let parts = there.map(|layer| Ok(pick(layer).f_expand([batch, -1, -1, -1], false)?)).collect::<Result<Vec<_>>>()?;
     match parts.as_slice() {
         [one] => Ok(one.shallow_clone()),

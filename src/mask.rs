@@ -1,14 +1,14 @@
 //! Regions of a picture: which label each pixel has, or how much of it belongs to each of some areas.
 
-use crate::scalar::WithNumber;
+mod crop;
+mod painted;
+
 use crate::{image, Error, Result};
+use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 
 /// More labels than this are a picture that was taken for a label map.
-const MOST_LABELS: usize = 4096;
-
-/// More colours than this are a painted label map that was stored or scaled with loss.
-const MOST_COLOURS: usize = 256;
+const MOST_LABELS: i64 = 4096;
 
 /// Labels of a picture's pixels, for [`References::labels`](crate::References) and [`Style::labels`](crate::Style): like
 /// attends to like.
@@ -21,9 +21,26 @@ const MOST_COLOURS: usize = 256;
 pub struct LabelMap {
     areas: Areas,
     /// In ascending order. A crop keeps those of the whole.
-    labels: Vec<i64>,
-    /// Whether they are colours.
+    labels: Arc<[i64]>,
+    /// Areas that no pixel belonged to, in ascending order.
+    left_out: Arc<[i64]>,
+    /// Whether labels are colours.
     painted: bool,
+    identity: Identity,
+}
+
+/// Which map it is: all handles on one share it. With it goes the map at the resolution of the canvas that it was last
+/// [cropped](LabelMap::crop) on.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Identity(Arc<Mutex<Option<Resized>>>);
+
+/// `(height, width)`, and the map in it.
+type Resized = ((i64, i64), Tensor);
+
+impl PartialEq for Identity {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 #[derive(Debug)]
@@ -55,11 +72,19 @@ impl LabelMap {
                 return Err(Error::argument("labels", format!("some are not whole, or too large; {advice}")));
             }
         }
-        Self::hard(&labels.f_to_kind(Kind::Int64)?, MOST_LABELS, false)
+        let (distinct, places, _) = labels.f_to_kind(Kind::Int64)?.f_internal_unique2(true, true, false)?;
+        let count = distinct.size1()?;
+        if count > MOST_LABELS {
+            return Err(Error::argument("labels", format!("{count} labels are a picture's colours, not its regions")));
+        }
+        Self::hard(&distinct, &places, false)
     }
 
     /// From how much of each pixel belongs to each area, `(1 or batch, areas, height, width)`, 0 to 1. The areas' labels are 0,
     /// 1, 2 and so on. The shares of a pixel are to sum to 1; a style's tokens with a smaller sum are attended to less.
+    ///
+    /// An area whose shares are all 0 is left out: [`labels`](Self::labels) does not have it, no style needs it, and
+    /// [`Style::area_weights`](crate::Style) and [`Style::matches`](crate::Style) may not name it. The numbers of the others stay.
     ///
     /// # Errors
     /// Another shape; a share outside 0 to 1, or NaN; no share above 0 at all.
@@ -75,50 +100,22 @@ impl LabelMap {
         }
         // An area without any pixel is none.
         let largest = Vec::<f32>::try_from(shares.f_amax([0_i64, 2, 3], false)?.f_to_device(Device::Cpu)?)?;
-        let labels: Vec<i64> = (0..areas).zip(largest).filter(|(_, largest)| *largest > 0.0).map(|(area, _)| area).collect();
+        let (labels, left_out): (Vec<_>, Vec<_>) = (0..areas).zip(largest).partition(|(_, largest)| *largest > 0.0);
+        let numbers = |areas: Vec<(i64, f32)>| areas.into_iter().map(|(area, _)| area).collect::<Vec<i64>>();
+        let (labels, left_out) = (numbers(labels), numbers(left_out));
         if labels.is_empty() {
             return Err(Error::argument("shares", "are all 0: no pixel belongs to any area"));
         }
         let there = Tensor::f_from_slice(&labels)?.f_to_device(shares.device())?;
-        Ok(Self { areas: Areas::Soft(shares.f_index_select(1, &there)?), labels, painted: false })
+        let areas = Areas::Soft(shares.f_index_select(1, &there)?);
+        Ok(Self { areas, labels: labels.into(), left_out: left_out.into(), painted: false, identity: Identity::default() })
     }
 
-    /// From a painted picture, `(1 or batch, 3, height, width)`, 0 to 1: each colour is a label, so that pictures painted with
-    /// the same colours have the same labels. A grey is the label 0 (black) to 255 (white), as in [`new`](Self::new) of
-    /// a grey picture's bytes; other colours are `2^24 + 0xrrggbb`.
-    ///
-    /// # Errors
-    /// Not a picture, or NaN in it; more than 256 colours, as they come from a JPEG or from soft edges.
-    pub fn from_picture(picture: &Tensor) -> Result<Self> {
-        image::size(picture)?;
-        let picture = picture.f_detach()?.f_to_kind(Kind::Float)?;
-        if picture.f_isnan()?.f_any()?.f_int64_value(&[])? != 0 {
-            return Err(Error::argument("label picture", "holds NaN"));
-        }
-        let bytes = picture.within(0.0, 1.0)?.times(255.0)?.f_round()?;
-        let channel = |i: i64| bytes.f_narrow(1, i, 1);
-        let (red, green, blue) = (channel(0)?, channel(1)?, channel(2)?);
-        // Exact in f32: below 2^24.
-        let colour = red.times(65536.0)?.f_add(&green.times(256.0)?)?.f_add(&blue)?.f_to_kind(Kind::Int64)?;
-        let colour = colour.f_add(&crate::scalar::integer(COLOURED)?)?;
-        let grey = red.f_eq_tensor(&green)?.f_logical_and(&green.f_eq_tensor(&blue)?)?;
-        Self::hard(&red.f_to_kind(Kind::Int64)?.f_where_self(&grey, &colour)?, MOST_COLOURS, true)
-    }
-
-    fn hard(labels: &Tensor, most: usize, painted: bool) -> Result<Self> {
-        let (distinct, places, _) = labels.f_internal_unique2(true, true, false)?;
-        let count = usize::try_from(distinct.size1()?).unwrap_or(usize::MAX);
-        if count > most {
-            let reason = if painted {
-                "of them; labels are painted in a few flat colours. Store the picture as PNG, not as JPEG, and without soft edges"
-            } else {
-                "labels are a picture's colours, not its regions"
-            };
-            let name = if painted { "label picture" } else { "labels" };
-            return Err(Error::argument(name, format!("{count} {}{reason}", if painted { "colours are too many " } else { "" })));
-        }
+    /// From the distinct labels in ascending order, and which of them each pixel has.
+    fn hard(distinct: &Tensor, places: &Tensor, painted: bool) -> Result<Self> {
         let labels = Vec::<i64>::try_from(distinct.f_to_device(Device::Cpu)?)?;
-        Ok(Self { areas: Areas::Hard(places.f_to_kind(Kind::Float)?), labels, painted })
+        let areas = Areas::Hard(places.f_to_kind(Kind::Float)?);
+        Ok(Self { areas, labels: labels.into(), left_out: Arc::new([]), painted, identity: Identity::default() })
     }
 
     /// The labels that occur, in ascending order. A part of a map has those of the whole.
@@ -164,48 +161,15 @@ impl LabelMap {
             Areas::Hard(places) => Areas::Hard(places.shallow_clone()),
             Areas::Soft(shares) => Areas::Soft(shares.shallow_clone()),
         };
-        Self { areas, labels: self.labels.clone(), painted: self.painted }
+        self.with(areas, self.identity.clone())
     }
 
-    /// On another device. Maps work on any; on the pictures' own they are not copied there for every loss.
+    /// On another device. Maps work on any: what a run needs of them is brought to the pictures' own once.
     ///
     /// # Errors
     /// libtorch's.
     pub fn to_device(&self, device: Device) -> Result<Self> {
         self.with_tensor(self.tensor().f_to_device(device)?)
-    }
-
-    /// The parts of one map under views of its picture, one map of the batch for each view. `canvas` is the picture's size in
-    /// latents, `(height, width)`; so are the views, `[top, left, height, width]`, all of one size.
-    ///
-    /// # Errors
-    /// A batch of maps; no view; a view that is empty or beyond the canvas, or of another size than the first.
-    pub fn crop(&self, canvas: (i64, i64), views: impl IntoIterator<Item = [i64; 4]>) -> Result<Self> {
-        image::check_size(canvas)?;
-        if self.batch()? != 1 {
-            return Err(Error::shape("labels", "(1, ..): views are of one picture", self.tensor().size()));
-        }
-        // Whole pixels for each latent, or the views' parts would have different sizes.
-        let (height, width) = self.size()?;
-        let scale = ((height + canvas.0 - 1) / canvas.0, (width + canvas.1 - 1) / canvas.1);
-        let whole = self.at((scale.0 * canvas.0, scale.1 * canvas.1))?;
-        let mut parts: Vec<Tensor> = vec![];
-        for [top, left, height, width] in views {
-            let inside = |start: i64, length: i64, side: i64| start >= 0 && length > 0 && start <= side - length;
-            if !(inside(top, height, canvas.0) && inside(left, width, canvas.1)) {
-                let view = format!("{height}x{width} at {top}, {left}");
-                return Err(Error::argument("view", format!("{view} is not within {}x{} latents", canvas.0, canvas.1)));
-            }
-            let part = whole.f_narrow(2, top * scale.0, height * scale.0)?.f_narrow(3, left * scale.1, width * scale.1)?;
-            if let Some(first) = parts.first().filter(|first| first.size() != part.size()) {
-                return Err(Error::shape("view", format!("that of the first, {:?} in pixels of the map", first.size()), part.size()));
-            }
-            parts.push(part);
-        }
-        if parts.is_empty() {
-            return Err(Error::argument("views", "there are none"));
-        }
-        self.with_tensor(Tensor::f_cat(&parts, 0)?)
     }
 
     /// The places in [`labels`](Self::labels) over a grid, `(batch, tokens)` in i64; none of a soft map.
@@ -224,13 +188,40 @@ impl LabelMap {
         }
     }
 
-    /// What an error calls a label.
-    pub(crate) fn name(&self, label: i64) -> String {
-        match label {
-            grey @ 0..=255 if self.painted => format!("#{grey:02x}{grey:02x}{grey:02x}"),
-            colour if self.painted => format!("#{:06x}", colour - COLOURED),
-            other => other.to_string(),
+    /// How much of each token of a grid has each of [`labels`](Self::labels), `(batch, labels, tokens)`: of a hard map 0 or 1.
+    pub(crate) fn weights(&self, grid: (i64, i64), kind: Kind) -> Result<Tensor> {
+        if let Some(shares) = self.shares(grid)? {
+            return Ok(shares.f_to_kind(kind)?);
         }
+        let places = self.at(grid)?.f_flatten(2, -1)?;
+        let count = i64::try_from(self.labels.len()).unwrap_or(i64::MAX);
+        let each = Tensor::f_from_slice(&(0..count).map(|place| place as f32).collect::<Vec<_>>())?;
+        Ok(places.f_eq_tensor(&each.f_to_device(places.device())?.f_view([1, -1, 1])?)?.f_to_kind(kind)?)
+    }
+
+    /// The labels of a grid, `(batch, 1, height, width)` in i64; none of a soft map.
+    pub(crate) fn by_pixel(&self, (height, width): (i64, i64)) -> Result<Option<Tensor>> {
+        let Some(places) = self.places((height, width))? else { return Ok(None) };
+        let labels = Tensor::f_from_slice(&self.labels)?.f_to_device(places.device())?;
+        Ok(Some(labels.f_index_select(0, &places.f_flatten(0, 1)?)?.f_view([-1, 1, height, width])?))
+    }
+
+    /// Where a label is in [`labels`](Self::labels).
+    pub(crate) fn place(&self, label: i64) -> Option<usize> {
+        self.labels.binary_search(&label).ok()
+    }
+
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Why a label is not there, for an error: "which has 0, 1".
+    pub(crate) fn lacks(&self, label: i64) -> String {
+        let there = self.names(&self.labels);
+        if self.left_out.contains(&label) {
+            return format!("which has {there}: of that area no pixel of the soft map has a share, and so it was left out; leave it out here, too");
+        }
+        format!("which has {there}")
     }
 
     /// The first labels by name, for an error.
@@ -247,18 +238,23 @@ impl LabelMap {
         }
     }
 
+    /// Another map of the same labels.
     fn with_tensor(&self, tensor: Tensor) -> Result<Self> {
         let areas = if self.is_soft() { Areas::Soft(tensor) } else { Areas::Hard(tensor) };
-        Ok(Self { areas, labels: self.labels.clone(), painted: self.painted })
+        Ok(self.with(areas, Identity::default()))
+    }
+
+    fn with(&self, areas: Areas, identity: Identity) -> Self {
+        Self { areas, labels: Arc::clone(&self.labels), left_out: Arc::clone(&self.left_out), painted: self.painted, identity }
     }
 
     fn at(&self, (height, width): (i64, i64)) -> Result<Tensor> {
+        if self.size()? == (height, width) {
+            return Ok(self.tensor().shallow_clone());
+        }
         match &self.areas {
             Areas::Hard(places) => Ok(places.f_upsample_nearest2d([height, width], None, None)?),
             Areas::Soft(shares) => Ok(shares.f_adaptive_avg_pool2d([height, width])?),
         }
     }
 }
-
-/// What keeps a dark blue apart from a grey.
-const COLOURED: i64 = 1 << 24;

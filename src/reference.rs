@@ -1,5 +1,6 @@
 //! What a picture is compared with: latents before a run, features at one timestep of it.
 
+use crate::bias::Memo;
 use crate::{Features, LabelMap, Result};
 use tch::Tensor;
 
@@ -10,15 +11,16 @@ pub struct Style<T = Tensor> {
     /// The picture's latents (or features). A batch of 1 serves every picture of the batch; else one for each.
     pub of: T,
     /// `w`, at least 0: its tokens count as if each were there so many times. Only ratios matter: 2 and 1 are the same as the
-    /// first style listed twice, and a single style's weight is without effect. A style of weight 0 is left out altogether.
+    /// first style listed twice, and a single style's weight is without effect. A style of weight 0 counts for nothing: a run draws no
+    /// noise and makes no pass for it. What is not 0 is to be within 1.2e-38 to 3.4e38, as f32 has it; so are the weights below.
     pub weight: f64,
     /// Of the style's pixels. A style without labels serves every region of the picture.
     pub labels: Option<LabelMap>,
     /// What the weight is multiplied with where the picture has a label, `(the picture's label, at least 0)`; 1 for labels not
-    /// listed, and the last of several for one label.
+    /// listed, and the last of several for one label. A label that the picture does not have is an error.
     pub area_weights: Vec<(i64, f64)>,
     /// `W(l, m)`: how much of the style's label `m` a place of the picture with the label `l` is to have, `(l, m, at least 0)`;
-    /// 0 for pairs not listed. None: 1 where the two are equal, else 0.
+    /// 0 for pairs not listed, the last of several for one pair. None: 1 where the two are equal, else 0.
     pub matches: Option<Vec<(i64, i64, f64)>>,
 }
 
@@ -85,6 +87,9 @@ impl<T> Style<T> {
 /// a layer, and for labels that no style has, if that is [allowed](Self::allow_missing_labels).
 ///
 /// Labels of the picture need a style that has some, or area weights; labels of a style need labels of the picture.
+///
+/// [AdaIN](References::adain), where a run has it on, goes by the same weights: each region of the picture gets mean and deviation
+/// of what it sees of the styles.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct References<T = Tensor> {
@@ -96,6 +101,8 @@ pub struct References<T = Tensor> {
     pub labels: Option<LabelMap>,
     /// Whether a label of the picture that no style has is no error: such places see every style as a whole.
     pub allow_missing_labels: bool,
+    /// What labels and weights come to, for these references and all that are made from them.
+    pub(crate) memo: Memo,
 }
 
 impl<T> Default for References<T> {
@@ -112,7 +119,7 @@ impl<T> References<T> {
 
     /// Several styles.
     pub fn styles(styles: impl IntoIterator<Item = Style<T>>) -> Self {
-        Self { styles: styles.into_iter().collect(), content: None, labels: None, allow_missing_labels: false }
+        Self { styles: styles.into_iter().collect(), content: None, labels: None, allow_missing_labels: false, memo: Memo::default() }
     }
 
     /// The same with a content.
@@ -136,21 +143,38 @@ impl<T> References<T> {
         self
     }
 
-    /// Each style in order, then the content, through `f`: the order of the authors' random draws. Styles of weight 0 are left
-    /// out; labels and weights stay.
+    /// Each style in order, then the content, through `f`: the order of the authors' random draws. All styles, those of weight 0
+    /// as well; labels and weights stay.
     ///
     /// # Errors
     /// Those of `f`.
     pub fn try_map<U>(&self, mut f: impl FnMut(&T) -> Result<U>) -> Result<References<U>> {
-        let counted = self.styles.iter().filter(|style| style.weight != 0.0);
-        let styles = counted.map(|style| Ok(style.with(f(&style.of)?))).collect::<Result<_>>()?;
+        let styles = self.styles.iter().map(|style| Ok(style.with(f(&style.of)?))).collect::<Result<_>>()?;
         let content = self.content.as_ref().map(f).transpose()?;
         Ok(self.with(styles, content))
     }
 
+    /// The same without styles of weight 0: no noise is drawn for these, and no pass made.
+    pub(crate) fn try_map_counted<U>(&self, mut f: impl FnMut(&T) -> Result<U>) -> Result<References<U>> {
+        let mut mapped = self.try_map_styles(&mut f)?;
+        mapped.content = self.content.as_ref().map(f).transpose()?;
+        Ok(mapped)
+    }
+
+    /// The same without the content as well.
+    pub(crate) fn try_map_styles<U>(&self, mut f: impl FnMut(&T) -> Result<U>) -> Result<References<U>> {
+        let styles = self.counted().map(|style| Ok(style.with(f(&style.of)?))).collect::<Result<_>>()?;
+        Ok(self.with(styles, None))
+    }
+
+    /// The styles of a weight above 0.
+    pub(crate) fn counted(&self) -> impl Iterator<Item = &Style<T>> {
+        self.styles.iter().filter(|style| style.weight != 0.0)
+    }
+
     fn with<U>(&self, styles: Vec<Style<U>>, content: Option<U>) -> References<U> {
         let labels = self.labels.as_ref().map(LabelMap::shallow_clone);
-        References { styles, content, labels, allow_missing_labels: self.allow_missing_labels }
+        References { styles, content, labels, allow_missing_labels: self.allow_missing_labels, memo: self.memo.clone() }
     }
 }
 

@@ -4,8 +4,8 @@
 mod toy;
 
 use attention_distillation::{
-    fill, AdLoss, AttentionHook, AttentionSite, Denoiser, Distiller, Error, FeatureExtractor, Features, LabelMap, LayerFeatures, Loss, Qkv,
-    References, Result, Style,
+    adain, fill, image, AdLoss, AttentionHook, AttentionSite, Ddim, DdimConfig, Denoiser, Distiller, Error, FeatureExtractor, Features, Guidance,
+    GuidedSampler, LabelMap, LayerFeatures, Loss, Noise, Optimizer, Qkv, References, Result, Style, Windows,
 };
 use tch::{Device, Kind, Tensor};
 use toy::{assert_same, difference, extractor, features, latents, noise, number, relative, Toy};
@@ -117,6 +117,9 @@ fn a_style_of_no_weight_is_left_out() {
     let before = toy.forwards.get();
     let features = extractor(&toy).references(&with, 500.0).unwrap();
     assert_eq!((features.styles.len(), toy.forwards.get() - before), (2, 2), "no pass for it either");
+    // Mapped by the caller all are there, as many and in the order as before.
+    let weights: Vec<f64> = with.try_map(|z| Ok(z.shallow_clone())).unwrap().styles.iter().map(|style| style.weight).collect();
+    assert_eq!(weights, [0.0, 1.0, 1.0]);
     // Features of one's own may hold it.
     let kept = References::styles([Style::new(toy::features(&toy, &latents(9, 5, 5))).with_weight(0.0), Style::new(toy::features(&toy, &z))]);
     assert_eq!(number(&AdLoss::default().evaluate(&toy::features(&toy, &z), &kept).unwrap()), 0.0);
@@ -427,6 +430,53 @@ fn views_of_a_map() {
     assert!(matches!(map.crop((5, 6), [[0, 0, 3, 4], [0, 0, 3, 3]]), Err(Error::Shape { .. })));
 }
 
+/// Once for each size, and not again for the next batch of views.
+#[test]
+fn a_map_is_brought_to_the_canvas_once() {
+    tch::set_num_threads(1);
+    let labels = (noise(3, &[1, 1, 41, 50]) * 2.0).round().to_kind(Kind::Int64);
+    let (views, canvas) = ([[0, 0, 3, 4], [2, 2, 3, 4], [1, 1, 3, 4]], (5, 6));
+    let soft = (noise(4, &[1, 3, 41, 50])).softmax(1, None::<Kind>);
+    for map in [LabelMap::new(&labels).unwrap(), LabelMap::soft(&soft).unwrap()] {
+        // 9 pixels for each latent: what it was before, by the whole at that size.
+        let whole = map.resized((45, 54)).unwrap();
+        for _ in 0..2 {
+            for view in views {
+                let (found, wanted) = (map.crop(canvas, [view]).unwrap(), whole.crop(canvas, [view]).unwrap());
+                same_map(&found, &wanted);
+            }
+        }
+        // Another canvas between two of the first.
+        same_map(&map.crop((4, 4), [[1, 0, 2, 3]]).unwrap(), &map.resized((44, 52)).unwrap().crop((4, 4), [[1, 0, 2, 3]]).unwrap());
+        same_map(&map.crop(canvas, views).unwrap(), &whole.crop(canvas, views).unwrap());
+    }
+}
+
+/// By what they do to a picture.
+#[track_caller]
+fn same_map(a: &LabelMap, b: &LabelMap) {
+    assert_eq!((a.size().unwrap(), a.batch().unwrap(), a.labels()), (b.size().unwrap(), b.batch().unwrap(), b.labels()));
+    let toy = Toy::new(Kind::Float);
+    let z = latents(1, 6, 8).expand([a.batch().unwrap(), -1, -1, -1], false);
+    let with = |labels: &LabelMap| {
+        let weights: Vec<_> = labels.labels().iter().zip(1..).map(|(&label, weight)| (label, f64::from(weight))).collect();
+        of([style(2, 8, 4).with_area_weights(weights), style(3, 4, 6)]).with_labels(labels.shallow_clone())
+    };
+    same_to_the_bit(&toy, &z, &with(a), &with(b));
+}
+
+#[test]
+fn a_map_of_a_far_other_shape() {
+    tch::set_num_threads(1);
+    let ribbon = |length: i64| LabelMap::new(&stripes(&[1, 2], 1, length)).unwrap();
+    let error = ribbon(1 << 20).crop((1024, 1), [[0, 0, 8, 1]]).unwrap_err().to_string();
+    assert!(error.contains("1048576x1 ") && error.contains("LabelMap::resized"), "{error}");
+    // As the advice says.
+    assert!(ribbon(1 << 20).resized((1024, 64)).unwrap().crop((1024, 1), [[0, 0, 8, 1]]).is_ok());
+    // A row of labels for the columns of a usual canvas.
+    assert_eq!(ribbon(512).crop((64, 64), [[0, 0, 64, 64]]).unwrap().size().unwrap(), (64, 512));
+}
+
 #[test]
 fn painted_labels() {
     tch::set_num_threads(1);
@@ -444,6 +494,273 @@ fn painted_labels() {
         assert!(matches!(LabelMap::from_picture(&bad), Err(Error::Shape { .. })), "{:?}", bad.size());
     }
     assert!(matches!(LabelMap::from_picture(&(row * f64::NAN)), Err(Error::Argument { argument: "label picture", .. })));
+}
+
+/// A disc on a ground, painted in greys, `(1, 3, side, side)`.
+fn disc(side: i64, radius: f64, ground: f64) -> Tensor {
+    let axis = Tensor::arange(side, (Kind::Float, Device::Cpu)) - (side as f64 - 1.0) / 2.0;
+    let far = axis.square().unsqueeze(0) + axis.square().unsqueeze(1);
+    let inside = far.lt(radius * radius).to_kind(Kind::Float);
+    (inside * (1.0 - ground) + ground).expand([1, 3, side, side], false).contiguous()
+}
+
+/// Greys between the painted ones, few enough to be labels.
+#[test]
+fn smooth_edges_and_jpegs() {
+    tch::set_num_threads(1);
+    let sharp = disc(256, 80.0, 0.2);
+    assert_eq!(LabelMap::from_picture(&sharp).unwrap().labels().len(), 2);
+    let smooth = disc(1024, 320.0, 0.2).avg_pool2d([4, 4], [4, 4], [0, 0], false, true, None::<i64>);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("labels.jpg");
+    image::save(&sharp, &file).unwrap();
+    for (name, picture) in [("smooth", smooth.shallow_clone()), ("jpeg", image::load(&file).unwrap())] {
+        let colours = (picture.narrow(1, 0, 1) * 255.0).round().unique_dim(0, true, false, false).0.flatten(0, -1).to_kind(Kind::Int64);
+        println!("{name}: {} greys", colours.internal_unique(true, false).0.size()[0]);
+        let error = LabelMap::from_picture(&picture).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "label picture", .. }), "{error:?}");
+        let error = error.to_string();
+        assert!(error.contains("antialiasing") && error.contains("PNG") && error.contains("LabelMap::soft"), "{name}: {error}");
+    }
+    // What the advice says: numbers of one's own are taken as they are.
+    assert!(LabelMap::new(&(smooth.narrow(1, 0, 1) * 255.0).round()).is_ok());
+    // Flat regions that are small are regions, and so is all of a map of few pixels.
+    let patches = disc(256, 100.0, 0.0);
+    for i in 0..20_i64 {
+        let _ = patches.narrow(2, 3 + 12 * i, 4).narrow(3, 128, 4).fill_(i as f64 / 255.0 + 0.2);
+    }
+    assert_eq!(LabelMap::from_picture(&patches).unwrap().labels().len(), 22);
+    let ramp = (Tensor::arange(144, (Kind::Float, Device::Cpu)) / 255.0).view([1, 1, 12, 12]).expand([1, 3, 12, 12], false);
+    assert_eq!(LabelMap::from_picture(&ramp).unwrap().labels().len(), 144);
+    // A thin line is told of, and stays.
+    let _ = sharp.narrow(2, 20, 1).narrow(3, 20, 60).fill_(0.7);
+    let (told, map) = told(tracing::Level::WARN, || LabelMap::from_picture(&sharp).unwrap());
+    assert_eq!(map.labels().len(), 3);
+    assert!(told.contains("#b2b2b2") && told.contains("antialiasing"), "{told}");
+}
+
+/// What is said through tracing, at this level or above it.
+fn told<T>(level: tracing::Level, work: impl FnOnce() -> T) -> (String, T) {
+    #[derive(Clone, Default)]
+    struct Ear(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+    impl std::io::Write for Ear {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let ear = Ear::default();
+    let heard = ear.clone();
+    let subscriber = tracing_subscriber::fmt().with_max_level(level).with_ansi(false).with_writer(move || ear.clone()).finish();
+    let result = tracing::subscriber::with_default(subscriber, work);
+    let bytes = heard.0.lock().unwrap().clone();
+    (String::from_utf8(bytes).unwrap(), result)
+}
+
+/// Two grids of layers make two biases, whatever the iterations and timesteps.
+#[test]
+fn the_bias_is_built_once_in_a_run() {
+    let toy = toy();
+    let built = |work: &mut dyn FnMut()| told(tracing::Level::DEBUG, work).0.matches("bias of regions").count();
+    let run = |references: References| {
+        let mut run = Distiller::new(extractor(&toy), vec![801.0, 401.0, 1.0], references, latents(1, 6, 8));
+        run.iterations = 3;
+        run
+    };
+    let grids = {
+        let features = extractor(&toy).references(&masked(), 500.0).unwrap();
+        let mut grids: Vec<_> = features.styles[0].of.layers().map(|layer| layer.site.grid).collect();
+        grids.dedup();
+        grids.len()
+    };
+    let mut whole = run(masked());
+    assert_eq!(built(&mut || drop(whole.finish().unwrap())), grids);
+    // Changed between steps, it is the bias of what is there then.
+    type Change = fn(&mut References);
+    let changes: [(&str, Change); 6] = [
+        ("labels", |references| references.labels = Some(map(&[1, 2, 1], 6, 8))),
+        ("a style's labels", |references| references.styles[0].labels = Some(map(&[2, 1], 8, 4))),
+        ("weight", |references| references.styles[1].weight = 0.5),
+        ("areas", |references| references.styles[1].area_weights = vec![(1, 3.0)]),
+        ("matches", |references| references.styles[0].matches = Some(vec![(1, 2, 1.0), (2, 1, 2.0)])),
+        ("another style", |references| references.styles.push(style(5, 4, 4).with_weight(3.0))),
+    ];
+    for (name, change) in changes {
+        let mut changed = run(masked());
+        let _ = changed.advance().unwrap();
+        let fresh = |references: &References| {
+            // With nothing kept from before.
+            let styles = references.styles.iter().map(|style| {
+                let mut twin = Style::new(style.of.shallow_clone()).with_weight(style.weight).with_area_weights(style.area_weights.clone());
+                (twin.labels, twin.matches) = (style.labels.as_ref().map(LabelMap::shallow_clone), style.matches.clone());
+                twin
+            });
+            of(styles.collect::<Vec<_>>()).with_labels(references.labels.as_ref().unwrap().shallow_clone())
+        };
+        let mut twin = run(fresh(&changed.references));
+        let unchanged = changed.latents.copy();
+        (twin.latents, twin.step) = (changed.latents.copy(), 1);
+        twin.optimizer.load_state(changed.optimizer.state().unwrap().iter().map(|(name, t)| (name.clone(), t.copy())).collect()).unwrap();
+        change(&mut changed.references);
+        change(&mut twin.references);
+        assert_eq!(built(&mut || drop(changed.finish().unwrap())), grids, "{name}");
+        let _ = twin.finish().unwrap();
+        assert_same(&changed.latents, &twin.latents);
+        let mut before = run(masked());
+        let _ = before.finish().unwrap();
+        assert!(difference(&changed.latents, &before.latents) > 1e-4 && difference(&changed.latents, &unchanged) > 1e-4, "{name}");
+    }
+    // Handles on the same references with other labels take turns.
+    let features = extractor(&toy).references(&masked(), 500.0).unwrap();
+    let mut other = features.shallow_clone();
+    other.labels = Some(map(&[1, 2, 1], 6, 8));
+    let picture = toy::features(&toy, &latents(1, 6, 8));
+    let value = |references: &References<Features>| number(&AdLoss::default().evaluate(&picture, references).unwrap());
+    let (first, second) = (value(&features), value(&other));
+    assert!((first - second).abs() > 1e-4 * first, "{first} and {second}");
+    assert_eq!((value(&features), value(&other), value(&features)), (first, second, first));
+}
+
+/// Only ratios matter, and a weight is the same as being listed so often.
+#[test]
+fn adain_by_weight() {
+    tch::set_num_threads(1);
+    let (z, a, b) = (latents(1, 6, 8), latents(2, 8, 4) * 3.0 + 1.0, latents(3, 4, 6));
+    let by_weight = |first: f64, second: f64| {
+        of([Style::new(a.shallow_clone()).with_weight(first), Style::new(b.shallow_clone()).with_weight(second)]).adain(&z).unwrap()
+    };
+    let listed = adain(&z, &[a.shallow_clone(), b.shallow_clone(), a.shallow_clone()]).unwrap();
+    for (first, second) in [(2.0, 1.0), (1.0, 0.5), (2e30, 1e30)] {
+        assert!(difference(&by_weight(first, second), &listed) < 1e-5, "{first} to {second}");
+    }
+    let plain = adain(&z, &[a.shallow_clone(), b.shallow_clone()]).unwrap();
+    assert!(difference(&by_weight(2.0, 1.0), &plain) > 0.05);
+    assert_same(&by_weight(0.7, 0.7), &plain);
+    assert_same(&by_weight(0.0, 0.7), &adain(&z, &[b.shallow_clone()]).unwrap());
+    // As tokens, which have no grid, and for two pictures.
+    let packed = |z: &Tensor| z.flatten(2, 3).transpose(1, 2);
+    let tokens = of([Style::new(packed(&a)).with_weight(2.0), Style::new(packed(&b))]).adain(&packed(&z)).unwrap();
+    assert!(difference(&tokens, &packed(&listed)) < 1e-5);
+    let two = Tensor::cat(&[&z, &(&z * 2.0 + 1.0)], 0);
+    let found = of([Style::new(a.shallow_clone()).with_weight(2.0), Style::new(b.shallow_clone())]).adain(&two).unwrap();
+    assert!(difference(&found.narrow(0, 0, 1), &listed) < 1e-5 && difference(&found.narrow(0, 1, 1), &listed) < 1e-5);
+}
+
+#[test]
+fn adain_by_region() {
+    tch::set_num_threads(1);
+    let (z, a, b) = (latents(1, 6, 8), latents(2, 8, 6) * 3.0 + 1.0, latents(3, 4, 6) - 2.0);
+    let plain = adain(&z, &[a.shallow_clone(), b.shallow_clone()]).unwrap();
+    let style = |of: &Tensor, labels: LabelMap| Style::new(of.shallow_clone()).with_labels(labels);
+    // One label is no map, hard or soft.
+    let one = || map(&[7], 3, 5);
+    assert_same(&of([style(&a, one()), style(&b, one())]).with_labels(one()).adain(&z).unwrap(), &plain);
+    let one = || LabelMap::soft(&Tensor::ones([1, 1, 3, 5], (Kind::Float, Device::Cpu))).unwrap();
+    assert!(difference(&of([style(&a, one()), style(&b, one())]).with_labels(one()).adain(&z).unwrap(), &plain) < 1e-5);
+    // Left and right, each by itself: the right takes from the left of the first style, and from all of the second.
+    let half = |z: &Tensor, i: i64| z.narrow(3, i * z.size()[3] / 2, z.size()[3] / 2);
+    let wanted = Tensor::cat(
+        &[adain(&half(&z, 0), &[half(&a, 1), b.shallow_clone()]).unwrap(), adain(&half(&z, 1), &[half(&a, 0), b.shallow_clone()]).unwrap()],
+        3,
+    );
+    let references = || of([style(&a, map(&[2, 1], 8, 6)), Style::new(b.shallow_clone())]).with_labels(map(&[1, 2], 12, 16));
+    assert!(difference(&references().adain(&z).unwrap(), &wanted) < 1e-5);
+    assert!(difference(&wanted, &plain) > 0.05);
+    // The same as soft maps, by areas and by matches.
+    let soft = |values: &[i64], h, w| LabelMap::soft(&shares(values, &[1, 2], h, w)).unwrap();
+    let as_soft = of([style(&a, soft(&[2, 1], 8, 6)), Style::new(b.shallow_clone())]).with_labels(soft(&[1, 2], 6, 8));
+    assert!(difference(&as_soft.adain(&z).unwrap(), &wanted) < 1e-5);
+    let matched = style(&a, map(&[50, 60], 8, 6)).with_matches([(2, 50, 3.0), (1, 60, 1.0)]);
+    let matched = of([matched, Style::new(b.shallow_clone()).with_area_weights([(2, 3.0)])]).with_labels(map(&[1, 2], 12, 16));
+    assert!(difference(&matched.adain(&z).unwrap(), &wanted) < 1e-5, "only ratios count");
+    let areas = of([Style::new(a.shallow_clone()).with_area_weights([(2, 0.0)]), Style::new(b.shallow_clone()).with_area_weights([(1, 0.0)])]);
+    let apart = Tensor::cat(&[adain(&half(&z, 0), &[a.shallow_clone()]).unwrap(), adain(&half(&z, 1), &[b.shallow_clone()]).unwrap()], 3);
+    assert!(difference(&areas.with_labels(map(&[1, 2], 6, 8)).adain(&z).unwrap(), &apart) < 1e-5);
+    // A label that no style has takes from all, a pixel by itself is moved with the whole picture's statistics.
+    let missing =
+        of([style(&a, map(&[1], 1, 1)), style(&b, map(&[1], 1, 1)).with_weight(2.0)]).with_labels(map(&[1, 2], 6, 8)).allow_missing_labels();
+    let all = [a.shallow_clone(), b.shallow_clone(), b.shallow_clone()];
+    let wanted = Tensor::cat(&[adain(&half(&z, 0), &all).unwrap(), adain(&half(&z, 1), &all).unwrap()], 3);
+    assert!(difference(&missing.adain(&z).unwrap(), &wanted) < 1e-5);
+    let speck = stripes(&[1], 6, 8);
+    let _ = speck.narrow(2, 3, 1).narrow(3, 3, 1).fill_(2);
+    let speck = of([style(&a, map(&[1], 1, 1)), style(&b, map(&[2], 1, 1))]).with_labels(LabelMap::new(&speck).unwrap());
+    let (found, wanted) = (speck.adain(&z).unwrap(), adain(&z, &[b.shallow_clone()]).unwrap());
+    let pixel = |z: &Tensor| z.narrow(2, 3, 1).narrow(3, 3, 1);
+    assert!(difference(&pixel(&found), &pixel(&wanted)) < 1e-5);
+    // A map for each picture.
+    let two = Tensor::cat(&[&z, &z], 0);
+    let maps = LabelMap::new(&Tensor::cat(&[stripes(&[1, 2], 6, 8), stripes(&[2, 1], 6, 8)], 0)).unwrap();
+    let found = of([style(&a, map(&[2, 1], 8, 6)), Style::new(b.shallow_clone())]).with_labels(maps).adain(&two).unwrap();
+    assert!(difference(&found.narrow(0, 0, 1), &references().adain(&z).unwrap()) < 1e-5);
+    assert!(difference(&found.narrow(0, 1, 1), &references().adain(&z).unwrap()) > 0.05);
+    // Where nothing tells what lies where.
+    let packed = |z: &Tensor| z.flatten(2, 3).transpose(1, 2);
+    let tokens = of([style(&packed(&a), map(&[2, 1], 8, 6))]).with_labels(map(&[1, 2], 12, 16));
+    assert!(matches!(tokens.adain(&packed(&z)), Err(Error::Shape { name: "latents", .. })));
+    assert!(matches!(References::default().adain(&z), Err(Error::Argument { argument: "styles", .. })));
+}
+
+/// In a run, of views as well, each has the labels of its part.
+#[test]
+fn runs_with_adain_by_region() {
+    let toy = toy();
+    let end = |references: References, windows: Option<Windows>| {
+        let ddim = Ddim::new(&DdimConfig::default(), 3).unwrap();
+        let mut run =
+            GuidedSampler::new(extractor(&toy), ddim, Guidance::new(1.0, 0.5, 1.0).unwrap(), references, latents(1, 6, 8), Noise::seeded(3));
+        (run.adain, run.iterations, run.windows) = (true, 1, windows);
+        run.finish().unwrap()
+    };
+    let styles = || {
+        let one = Style::new(latents(2, 8, 4) * 3.0 + 1.0).with_area_weights([(2, 0.0)]);
+        of([one, Style::new(latents(3, 4, 6) - 2.0).with_area_weights([(1, 0.0)])])
+    };
+    let windows = Some(Windows::new(6, 2));
+    for windows in [None, windows] {
+        let found = end(styles().with_labels(map(&[1, 2], 6, 8)), windows);
+        let turned = end(styles().with_labels(map(&[2, 1], 6, 8)), windows);
+        // The first style is the brighter one.
+        let left = |z: &Tensor| number(&z.narrow(3, 0, 3).mean(Kind::Float));
+        let right = |z: &Tensor| number(&z.narrow(3, 5, 3).mean(Kind::Float));
+        assert!(left(&found) > right(&found) + 1.0 && left(&turned) + 1.0 < right(&turned), "{windows:?}");
+    }
+}
+
+#[test]
+fn an_area_without_a_pixel_is_left_out() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let three = |values: &[i64], h, w| LabelMap::soft(&shares(values, &[0, 1, 2], h, w)).unwrap();
+    let ours = || three(&[0, 2], 6, 8);
+    assert_eq!(ours().labels(), [0, 2]);
+    let error = |references: References| loss(&toy, &z, &references).unwrap_err().to_string();
+    let area = error(of([style(2, 8, 4).with_area_weights([(0, 1.0), (1, 1.0)])]).with_labels(ours()));
+    assert!(area.contains("label 1 of the picture") && area.contains("left out"), "{area}");
+    let matched = style(2, 8, 4).with_labels(three(&[1, 2], 8, 4)).with_matches([(0, 0, 1.0), (2, 2, 1.0)]);
+    let matched = error(of([matched]).with_labels(ours()));
+    assert!(matched.contains("label 0 of the style") && matched.contains("left out"), "{matched}");
+    // A label that was never there is another thing.
+    let never = error(of([style(2, 8, 4).with_area_weights([(5, 1.0)])]).with_labels(ours()));
+    assert!(never.contains("which has 0, 2") && !never.contains("left out"), "{never}");
+}
+
+/// As many labels as a map may have: entries, not pairs, are what counts.
+#[test]
+fn thousands_of_labels_and_matches() {
+    let (toy, z) = (toy(), latents(1, 6, 8));
+    let numbers = Tensor::arange(4096, (Kind::Int64, Device::Cpu)).view([1, 1, 64, 64]);
+    let fine = || LabelMap::new(&numbers).unwrap();
+    let by_matches = style(2, 8, 4).with_labels(fine()).with_matches((0..4096).flat_map(|label| [(label, label, 5.0), (label, label, 1.0)]));
+    let references = of([by_matches]).with_labels(fine());
+    let by_labels = of([style(2, 8, 4).with_labels(fine())]).with_labels(fine());
+    // The last of several counts.
+    same_to_the_bit(&toy, &z, &references, &by_labels);
+    let again = |number: f64| style(2, 8, 4).with_area_weights([(1, number), (1, 3.0)]);
+    let areas = |number| of([again(number), style(3, 4, 6)]).with_labels(map(&[1, 2], 6, 8));
+    same_to_the_bit(&toy, &z, &areas(0.0), &areas(7.0));
 }
 
 #[test]
@@ -477,6 +794,15 @@ fn bad_references() {
         (of([one().with_weight(-1.0)]), "style weight"),
         (of([one().with_weight(f64::NAN)]), "style weight"),
         (of([one().with_weight(f64::INFINITY), one()]), "style weight"),
+        // Numbers of f64, but not of f32: too large, too small, and a product that is.
+        (of([one().with_weight(1e39), one()]), "style weight"),
+        (of([one().with_weight(1e-39), one()]), "style weight"),
+        (of([one().with_area_weights([(1, 1e300)])]).with_labels(ours()), "style weight"),
+        (of([one().with_labels(ours()).with_matches([(1, 1, 1e-300)])]).with_labels(ours()), "style weight"),
+        (
+            of([one().with_labels(ours()).with_area_weights([(1, 1e30)]).with_matches([(1, 1, 1e30), (2, 2, 1.0)])]).with_labels(ours()),
+            "style weight",
+        ),
         (of([one().with_area_weights([(1, f64::NAN)])]).with_labels(ours()), "style weight"),
         (of([one().with_area_weights([(3, 1.0)])]).with_labels(ours()), "style weight"),
         (of([one().with_labels(ours()).with_matches([(1, 1, -1.0)])]).with_labels(ours()), "style weight"),

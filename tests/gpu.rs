@@ -4,7 +4,7 @@
 
 use attention_distillation::stable_diffusion::ControlNet;
 use attention_distillation::{
-    device, image, AdLoss, ContentLoss, Distiller, Error, GuidedSampler, Noise, References, Settings, StableDiffusion, TotalLoss,
+    device, image, AdLoss, ContentLoss, Distiller, Error, GuidedSampler, LabelMap, Noise, References, Settings, StableDiffusion, Style, TotalLoss,
 };
 use std::{io::Write, path::PathBuf};
 use tch::{Device, Kind, Tensor};
@@ -62,6 +62,38 @@ fn gradients_agree_with_the_cpu() {
             println!("{name} {kind:?}: loss {loss:.1e}, gradient {gradient:.1e}");
             assert!(loss < of_loss && gradient < of_gradient, "{name} {kind:?}: loss {loss}, gradient {gradient}");
         }
+    }
+}
+
+/// Maps that stay on the CPU, and a weight: loss, gradient, AdaIN and views.
+#[test]
+fn regions_agree_with_the_cpu() {
+    let Some(gpu) = gpu("regions_agree_with_the_cpu") else { return };
+    let (content, style) = pictures(64);
+    let stripes = |values: [i64; 3]| Tensor::from_slice(&values).view([1, 1, 1, 3]).expand([1, 1, 4, 3], false);
+    let hard = |values| LabelMap::new(&stripes(values)).unwrap();
+    let soft =
+        |values| LabelMap::soft(&(stripes(values).eq_tensor(&Tensor::from_slice(&[0_i64, 1]).view([1, 2, 1, 1]))).to_kind(Kind::Float)).unwrap();
+    for soft_target in [false, true] {
+        let both = |device: Device| {
+            let model = StableDiffusion::open(folder("assets/mini"), device, Kind::Float).unwrap();
+            let cpu = StableDiffusion::open(folder("assets/mini"), Device::Cpu, Kind::Float).unwrap();
+            let [content, style] = [&content, &style].map(|picture| cpu.encode(picture).unwrap().to_device(device));
+            let target = if soft_target { soft([0, 1, 1]) } else { hard([0, 1, 1]) };
+            let styles = [Style::new(style.shallow_clone()).with_labels(hard([1, 1, 0])), Style::new(content.shallow_clone()).with_weight(0.25)];
+            let references = References::styles(styles).with_labels(target);
+            let extractor = model.extractor((64, 64)).unwrap();
+            let latents = content.lerp(&style, 0.3);
+            let features = extractor.references(&references, 501.0).unwrap();
+            let first = extractor.gradient(&latents, 501.0, &features, &AdLoss::default()).unwrap();
+            // What was kept from the first time.
+            let again = extractor.gradient(&latents, 501.0, &features, &AdLoss::default()).unwrap();
+            assert!(relative(&again.0, &first.0) < 1e-5);
+            (first, references.adain(&latents).unwrap())
+        };
+        let (((loss, gradient), moved), ((wanted_loss, wanted_gradient), wanted_moved)) = (both(gpu), both(Device::Cpu));
+        assert!(relative(&loss, &wanted_loss) < 1e-3 && relative(&gradient, &wanted_gradient) < 2e-2, "soft: {soft_target}");
+        assert!(relative(&moved, &wanted_moved) < 1e-5, "soft: {soft_target}");
     }
 }
 

@@ -4,7 +4,7 @@
 use attention_distillation::metrics::{
     colour_distance, colour_distance_by_region, ms_ssim, patch_distance, patch_distance_by_region, psnr, seam_ratio, PatchConfig,
 };
-use attention_distillation::{device, image, Error, Noise, Result};
+use attention_distillation::{device, image, Error, LabelMap, Noise, Result};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -243,6 +243,10 @@ fn labels(height: i64, width: i64, label: i64) -> Tensor {
     Tensor::full([1, 1, height, width], label, (Kind::Int64, Device::Cpu))
 }
 
+fn map(labels: &Tensor) -> LabelMap {
+    LabelMap::new(labels).unwrap()
+}
+
 /// Left half and right half.
 fn halves(height: i64, width: i64, left: i64, right: i64) -> Tensor {
     Tensor::cat(&[labels(height, width / 2, left), labels(height, width / 2, right)], 3)
@@ -252,9 +256,9 @@ fn halves(height: i64, width: i64, left: i64, right: i64) -> Tensor {
 fn one_region_is_the_picture() {
     let (a, b) = (noise(30, 41, 0.2, 1), noise(44, 28, 0.1, 2));
     let whole = patch_distance(&a, &b, &config(5, 3)).unwrap();
-    let regions = patch_distance_by_region((&a, &labels(30, 41, 7)), (&b, &labels(44, 28, 7)), &config(5, 3)).unwrap();
+    let regions = patch_distance_by_region((&a, &map(&labels(30, 41, 7))), (&b, &map(&labels(44, 28, 7))), &config(5, 3)).unwrap();
     assert_eq!(regions.into_iter().collect::<Vec<_>>(), [(7, whole)]);
-    let colours = colour_distance_by_region((&a, &labels(30, 41, -2)), (&b, &labels(44, 28, -2)), 5).unwrap();
+    let colours = colour_distance_by_region((&a, &map(&labels(30, 41, -2))), (&b, &map(&labels(44, 28, -2))), 5).unwrap();
     assert_eq!(colours.into_iter().collect::<Vec<_>>(), [(-2, colour_distance(&a, &b, 5).unwrap())]);
 }
 
@@ -267,7 +271,7 @@ fn regions_meet_their_like() {
     let reference = Tensor::cat(&[flat(9, 8, green), flat(9, 8, [0.9, 0.4, 0.1]), flat(9, 4, blue)], 3);
     let theirs = Tensor::cat(&[halves(9, 16, 200, 3), labels(9, 4, 5)], 3);
     for kind in [Kind::Uint8, Kind::Int16, Kind::Int, Kind::Int64] {
-        let distances = colour_distance_by_region((&picture, &ours.to_kind(kind)), (&reference, &theirs.to_kind(kind)), 1).unwrap();
+        let distances = colour_distance_by_region((&picture, &map(&ours.to_kind(kind))), (&reference, &map(&theirs.to_kind(kind))), 1).unwrap();
         assert_eq!(distances.keys().copied().collect::<Vec<_>>(), [3, 200]);
         close(distances[&3], 0.3 / 3.0_f64.sqrt(), 1e-6);
         close(distances[&200], 0.0, 1e-6);
@@ -281,7 +285,8 @@ fn regions_meet_their_like() {
         }
     };
     let distances = |theirs: &Tensor| {
-        patch_distance_by_region((&coarse_and_fine(false), &halves(64, 128, 0, 1)), (&coarse_and_fine(true), theirs), &config(3, 3)).unwrap()
+        patch_distance_by_region((&coarse_and_fine(false), &map(&halves(64, 128, 0, 1))), (&coarse_and_fine(true), &map(theirs)), &config(3, 3))
+            .unwrap()
     };
     let (right, wrong) = (distances(&halves(64, 128, 1, 0)), distances(&halves(64, 128, 0, 1)));
     println!("{right:?} {wrong:?}");
@@ -302,12 +307,12 @@ fn a_region_of_one_patch() {
     let patch = |picture: &Tensor, y: i64, x: i64| picture.narrow(2, y - 1, 3).narrow(3, x - 1, 3);
     let halved = |picture: &Tensor| picture.avg_pool2d([2, 2], [2, 2], [0, 0], false, true, None::<i64>);
     // Odd places are those that pixels of the next scale are labelled by.
-    let found = patch_distance_by_region((&a, &one(12, 13, 7, 5)), (&b, &one(14, 12, 3, 9)), &config(3, 2)).unwrap();
+    let found = patch_distance_by_region((&a, &map(&one(12, 13, 7, 5))), (&b, &map(&one(14, 12, 3, 9))), &config(3, 2)).unwrap();
     assert_eq!(found.keys().copied().collect::<Vec<_>>(), [0, 9]);
     assert_eq!(found[&9].scales.len(), 2);
     close(found[&9].scales[0], root_mean_square(&patch(&a, 7, 5), &patch(&b, 3, 9)), 1e-6);
     close(found[&9].scales[1], root_mean_square(&patch(&halved(&a), 3, 2), &patch(&halved(&b), 1, 4)), 1e-6);
-    let even = patch_distance_by_region((&a, &one(12, 13, 6, 5)), (&b, &one(14, 12, 3, 9)), &config(3, 2)).unwrap();
+    let even = patch_distance_by_region((&a, &map(&one(12, 13, 6, 5))), (&b, &map(&one(14, 12, 3, 9))), &config(3, 2)).unwrap();
     assert_eq!((even[&0].scales.len(), even[&9].scales.len()), (2, 1));
 }
 
@@ -315,7 +320,7 @@ fn a_region_of_one_patch() {
 fn a_region_without_patches() {
     let (a, b) = (noise(12, 12, 0.2, 1), noise(12, 12, 0.2, 2));
     let error = |ours: &Tensor, theirs: &Tensor| {
-        let error = patch_distance_by_region((&a, ours), (&b, theirs), &config(5, 1)).unwrap_err();
+        let error = patch_distance_by_region((&a, &map(ours)), (&b, &map(theirs)), &config(5, 1)).unwrap_err();
         assert!(matches!(error, Error::Argument { argument: "labels", .. }), "{error:?}");
         error.to_string()
     };
@@ -325,7 +330,7 @@ fn a_region_without_patches() {
     let rim = Tensor::cat(&[labels(2, 12, 8), labels(10, 12, 4)], 2);
     let lacking = error(&rim, &halves(12, 12, 4, 8));
     assert!(lacking.contains("label 8: the picture"), "{lacking}");
-    assert!(colour_distance_by_region((&a, &rim), (&b, &halves(12, 12, 4, 8)), 1).is_ok(), "pixels there are");
+    assert!(colour_distance_by_region((&a, &map(&rim)), (&b, &map(&halves(12, 12, 4, 8))), 1).is_ok(), "pixels there are");
 }
 
 // ---- layout
@@ -505,20 +510,36 @@ fn sizes_that_do_not_do() {
     }
 }
 
+/// A map lies over the whole of its picture.
+#[test]
+fn maps_of_another_size() {
+    let (a, b) = (noise(24, 20, 0.2, 1), noise(12, 28, 0.1, 2));
+    let full = (map(&halves(24, 20, 3, 200)), map(&halves(12, 28, 200, 3)));
+    let wanted = patch_distance_by_region((&a, &full.0), (&b, &full.1), &config(3, 2)).unwrap();
+    let small = (map(&halves(1, 2, 3, 200)), map(&halves(5, 4, 200, 3)));
+    assert_eq!(patch_distance_by_region((&a, &small.0), (&b, &small.1), &config(3, 2)).unwrap(), wanted);
+    // A label of a single pixel that the smaller map has no room for plays no part.
+    let speck = halves(48, 40, 3, 200);
+    let _ = speck.narrow(2, 1, 1).narrow(3, 1, 1).fill_(7);
+    assert_eq!(patch_distance_by_region((&a, &map(&speck)), (&b, &small.1), &config(3, 2)).unwrap(), wanted);
+    // Painted: the same regions under the names of colours.
+    let colours = Tensor::cat(&[flat(24, 10, [1.0, 0.0, 0.0]), flat(24, 10, [0.0; 3])], 3);
+    let (ours, theirs) = (LabelMap::from_picture(&colours).unwrap(), LabelMap::from_picture(&colours.flip([3])).unwrap());
+    let painted = patch_distance_by_region((&a, &ours), (&b, &theirs), &config(3, 2)).unwrap();
+    assert_eq!(painted.keys().map(|&label| ours.name(label)).collect::<Vec<_>>(), ["#000000", "#ff0000"]);
+    assert_eq!(painted.into_values().rev().collect::<Vec<_>>(), wanted.into_values().collect::<Vec<_>>());
+}
+
 #[test]
 fn bad_labels() {
     let picture = noise(24, 20, 0.1, 1);
-    let good = labels(24, 20, 1);
-    let of = |ours: &Tensor, theirs: &Tensor| colour_distance_by_region((&picture, ours), (&picture, theirs), 1).unwrap_err();
-    for bad in [labels(20, 24, 1), labels(24, 19, 1), labels(24, 20, 1).squeeze(), labels(24, 20, 1).expand([1, 3, 24, 20], false)] {
-        assert!(matches!(of(&bad, &good), Error::Shape { name: "labels", .. }));
-        assert!(matches!(of(&good, &bad), Error::Shape { name: "reference labels", .. }));
+    let good = map(&labels(24, 20, 1));
+    let of = |ours: &LabelMap, theirs: &LabelMap| colour_distance_by_region((&picture, ours), (&picture, theirs), 1).unwrap_err();
+    let soft = LabelMap::soft(&Tensor::ones([1, 2, 24, 20], CPU)).unwrap();
+    for bad in [soft, map(&labels(24, 20, 1).expand([2, -1, -1, -1], false))] {
+        assert!(matches!(of(&bad, &good), Error::Argument { argument: "labels", .. }));
+        assert!(matches!(of(&good, &bad), Error::Argument { argument: "reference labels", .. }));
     }
-    for kind in [Kind::Float, Kind::Double, Kind::Half] {
-        assert!(matches!(of(&good.to_kind(kind), &good), Error::Argument { argument: "labels", .. }));
-        assert!(matches!(of(&good, &good.to_kind(kind)), Error::Argument { argument: "reference labels", .. }));
-    }
-    assert!(colour_distance_by_region((&picture, &good.to_kind(Kind::Bool)), (&picture, &good.to_kind(Kind::Bool)), 1).is_ok());
 }
 
 /// Pictures on a GPU, and the second one elsewhere.
@@ -527,7 +548,7 @@ fn on_a_gpu() {
     tch::set_num_threads(1);
     let Ok(gpu) = device::parse("cuda") else { return println!("skipped: no GPU") };
     let (a, b) = (detail("style_harvest.png", 60, 40, 96), detail("style_cafe_terrace.png", 80, 20, 64));
-    let (ours, theirs) = (halves(96, 96, 0, 1), halves(64, 64, 1, 0));
+    let (ours, theirs) = (map(&halves(96, 96, 0, 1)), map(&halves(64, 64, 1, 0)));
     let all = |a: &Tensor, b: &Tensor, c: &Tensor| {
         let mut all = patch_distance(a, b, &PatchConfig::default()).unwrap().scales;
         all.extend([colour_distance(a, b, 1).unwrap(), ms_ssim(a, c).unwrap(), psnr(a, c).unwrap(), seam_ratio(a).unwrap().x]);
@@ -586,24 +607,25 @@ fn the_example_prints_a_line_for_each() {
     let read = |name: &str| image::load(path(name)).unwrap();
     let (result, style) = (read("result.png"), read("style.png"));
     let distance = patch_distance(&result, &style, &PatchConfig::default()).unwrap();
-    close(value(&stdout, "patch_distance"), distance.mean, 1e-6);
-    close(value(&stdout, "patch_distance_scale_2"), distance.scales[2], 1e-6);
+    close(value(&stdout, "patch_distance"), distance.mean, 5.1e-5);
+    close(value(&stdout, "patch_distance_scale_2"), distance.scales[2], 5.1e-5);
     let content = image::resize(&read("content.png"), (48, 48)).unwrap();
-    close(value(&stdout, "psnr"), psnr(&result, &content).unwrap(), 1e-6);
+    close(value(&stdout, "psnr"), psnr(&result, &content).unwrap(), 5.1e-3);
 
-    let regions = ["--result-labels", "ours.png", "--style-labels", "theirs.png"];
+    let regions = ["--target-mask", "ours.png", "--style-mask", "theirs.png"];
     let (done, stdout, stderr) = run(folder.path(), &[&plain[..], &regions].concat());
     assert!(done, "{stderr}");
-    // Grey 2, and red: 0x1ff0000.
-    for name in ["patch_distance_label_2", "patch_distance_label_33488896", "colour_distance_label_2", "colour_distance_label_33488896"] {
+    for name in ["patch_distance_label_#020202", "patch_distance_label_#ff0000", "colour_distance_label_#020202", "colour_distance_label_#ff0000"] {
         assert!(value(&stdout, name) > 0.0, "{stdout}");
     }
+    let before = ["--result-labels", "ours.png", "--style-labels", "theirs.png"];
+    assert_eq!(run(folder.path(), &[&plain[..], &before].concat()), (true, stdout, String::new()), "names of before");
 
     // To the result's area of 48 x 48 pixels.
     let (done, stdout, stderr) = run(folder.path(), &[&plain[..], &["--fit-styles"]].concat());
     assert!(done, "{stderr}");
     let fitted = patch_distance(&result, &image::resize(&style, (48, 48)).unwrap(), &PatchConfig::default()).unwrap();
-    close(value(&stdout, "patch_distance"), fitted.mean, 1e-6);
+    close(value(&stdout, "patch_distance"), fitted.mean, 5.1e-5);
 
     let (done, stdout, _) = run(folder.path(), &["--device", "cpu", "--result", "result.png", "--style", "style.png", "--style", "result.png"]);
     assert!(done && value(&stdout, "style_0_patch_distance") > 0.0 && value(&stdout, "style_1_colour_distance") == 0.0, "{stdout}");
@@ -611,9 +633,9 @@ fn the_example_prints_a_line_for_each() {
     for bad in [
         &["--result", "missing.png", "--style", "style.png"][..],
         &["--result", "result.png"],
-        &[&plain[..], &["--result-labels", "ours.png"]].concat(),
+        &[&plain[..], &["--target-mask", "ours.png"]].concat(),
         // Red and a lighter grey.
-        &[&plain[..], &["--result-labels", "ours.png", "--style-labels", "grey.png"]].concat(),
+        &[&plain[..], &["--target-mask", "ours.png", "--style-mask", "grey.png"]].concat(),
         &[&plain[..], &regions, &["--style", "style.png"]].concat(),
     ] {
         let (done, stdout, stderr) = run(folder.path(), bad);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 #[derive(Debug, clap::Args)]
 pub struct RegionFlags {
-    /// A picture whose colours are labels of the style's regions; once for each style, in their order
+    /// A PNG whose flat colours are labels of the style's regions; once for each style, in their order
     #[arg(long, value_name = "FILE", requires = "target_mask")]
     style_mask: Vec<PathBuf>,
     /// The result's regions, in the same colours

@@ -1,7 +1,6 @@
 //! One timestep of guided sampling: of whole pictures at once, or view by view.
 
 use super::GuidedSampler;
-use crate::adain::adain;
 use crate::optimizer::copy;
 use crate::scalar::WithNumber;
 use crate::windows::{Batch, Mean};
@@ -12,7 +11,7 @@ use tch::{Kind, Tensor};
 #[derive(Default)]
 struct Targets {
     /// The noised styles that AdaIN takes its statistics from.
-    adain: Option<Vec<Tensor>>,
+    adain: Option<References>,
     /// The styles' features under other noise, and the noised content, whole.
     references: Option<(References<Features>, Option<Tensor>)>,
 }
@@ -73,12 +72,17 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
             return Ok((latents, None));
         }
         let next = self.scheduler.next_timestep(self.step);
+        let labels = match (&self.references.labels, views) {
+            (Some(labels), Some(views)) => Some(views.cut_labels(labels)?),
+            (labels, _) => labels.as_ref().map(LabelMap::shallow_clone),
+        };
         if self.adain {
             let styles = match &mut targets.adain {
                 Some(styles) => styles,
                 none => none.insert(self.noised_styles(next)?),
             };
-            latents = tch::no_grad(|| adain(&latents, styles))?;
+            styles.labels = labels.as_ref().map(LabelMap::shallow_clone);
+            latents = tch::no_grad(|| styles.adain(&latents))?;
         } else {
             // The optimizer works in place, and a scheduler may hand on what it was given.
             latents = copy(&latents)?;
@@ -87,7 +91,8 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
             Some(references) => references,
             none => none.insert(self.noised_references(next)?),
         };
-        let references = self.references_of_views(styles, content.as_ref(), next, views)?;
+        let mut references = self.references_of_views(styles, content.as_ref(), next, views)?;
+        references.labels = labels;
         self.optimizer.reset();
         let mut loss = None;
         for _ in 0..self.iterations {
@@ -96,20 +101,19 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
         Ok((latents, loss))
     }
 
-    fn noised_styles(&mut self, timestep: f64) -> Result<Vec<Tensor>> {
-        let counted = self.references.styles.iter().filter(|style| style.weight != 0.0);
-        counted.map(|style| noised(self.scheduler.as_ref(), &mut self.noise, &style.of, timestep)).collect()
+    fn noised_styles(&mut self, timestep: f64) -> Result<References> {
+        self.references.try_map_styles(|clean| noised(self.scheduler.as_ref(), &mut self.noise, clean, timestep))
     }
 
     /// The styles' features and the content's latents; the noise of all is drawn before the first pass.
     fn noised_references(&mut self, timestep: f64) -> Result<(References<Features>, Option<Tensor>)> {
-        let mut all = self.references.try_map(|clean| noised(self.scheduler.as_ref(), &mut self.noise, clean, timestep))?;
+        let mut all = self.references.try_map_counted(|clean| noised(self.scheduler.as_ref(), &mut self.noise, clean, timestep))?;
         let content = all.content.take();
         Ok((self.extractor.references(&all, timestep)?, content))
     }
 
-    /// The references of these views, or of whole pictures. Styles serve all views; what belongs to places of the canvas, as
-    /// the content does, is cut here as the canvas was.
+    /// The references of these views, or of whole pictures, but for the labels. Styles serve all views; the content, which belongs
+    /// to places of the canvas, is cut here as the canvas was.
     fn references_of_views(
         &self,
         styles: &References<Features>,
@@ -123,10 +127,6 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
             tch::no_grad(|| self.extractor.extract(&content, timestep))
         };
         references.content = content.map(features).transpose()?;
-        references.labels = match (&references.labels, views) {
-            (Some(labels), Some(views)) => Some(views.cut_labels(labels)?),
-            (labels, _) => labels.as_ref().map(LabelMap::shallow_clone),
-        };
         Ok(references)
     }
 }

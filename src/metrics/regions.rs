@@ -2,28 +2,28 @@
 
 use super::sliced::{PatchConfig, PatchDistance, Scales};
 use crate::scalar::integer;
-use crate::{Error, Result};
+use crate::{Error, LabelMap, Result};
 use std::collections::BTreeMap;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// [`patch_distance`](super::patch_distance) for each label of the picture, over the patches whose centre lies in its region here and
 /// in the reference. A patch near a region's rim sees some of its neighbour.
 ///
-/// Both are a picture and its label map, `(1, 1, height, width)` whole numbers of any kind (or booleans), as large as the
-/// picture. Regions that the reference alone has play no part. At scale `j` above 0 a pixel, the mean of `2^j x 2^j`, has the label of
+/// Both are a picture and its label map, of any size: it lies over the whole of the picture, and is scaled to it by nearest
+/// neighbour. Equal labels meet, so paint both maps with the same colours. Regions that the reference alone has play no part. At scale `j` above 0 a pixel, the mean of `2^j x 2^j`, has the label of
 /// the pixel right below its middle; a region has no more scales than both pictures have patches of it.
 ///
 /// # Errors
-/// As [`patch_distance`](super::patch_distance); [`Error::Shape`] or [`Error::Argument`] for a label map of another shape or kind;
+/// As [`patch_distance`](super::patch_distance); [`Error::Argument`] for a soft map, or one of several pictures;
 /// [`Error::Argument`], with the label, where a region of the picture has no patch here or in the reference.
 pub fn patch_distance_by_region(
-    (picture, labels): (&Tensor, &Tensor),
-    (reference, reference_labels): (&Tensor, &Tensor),
+    (picture, labels): (&Tensor, &LabelMap),
+    (reference, reference_labels): (&Tensor, &LabelMap),
     config: &PatchConfig,
 ) -> Result<BTreeMap<i64, PatchDistance>> {
     let scales = Scales::new(picture, reference, config)?;
     let device = picture.device();
-    let (ours, theirs) = (label_map("labels", labels, picture, device)?, label_map("reference labels", reference_labels, reference, device)?);
+    let (ours, theirs) = (by_pixel("labels", labels, picture, device)?, by_pixel("reference labels", reference_labels, reference, device)?);
     let (distinct, _) = ours.f_internal_unique(true, false)?;
     let mut found: Vec<(i64, Vec<f64>)> = Vec::<i64>::try_from(distinct)?.into_iter().map(|label| (label, vec![])).collect();
     for (scale, pair) in scales.pairs.iter().enumerate() {
@@ -38,7 +38,7 @@ pub fn patch_distance_by_region(
                     selections.push((Some(here), Some(there)));
                 }
                 Some((which, _)) if scale == 0 => {
-                    let size = config.size;
+                    let (size, label) = (config.size, labels.name(*label));
                     return Err(Error::argument(
                         "labels",
                         format!("label {label}: the {which} has no patch of {size}x{size} pixels with its centre in it"),
@@ -58,21 +58,20 @@ pub fn patch_distance_by_region(
 ///
 /// # Errors
 /// As [`colour_distance`](super::colour_distance) and [`patch_distance_by_region`].
-pub fn colour_distance_by_region(picture: (&Tensor, &Tensor), reference: (&Tensor, &Tensor), seed: u64) -> Result<BTreeMap<i64, f64>> {
+pub fn colour_distance_by_region(picture: (&Tensor, &LabelMap), reference: (&Tensor, &LabelMap), seed: u64) -> Result<BTreeMap<i64, f64>> {
     let distances = patch_distance_by_region(picture, reference, &PatchConfig::colours(seed))?;
     Ok(distances.into_iter().map(|(label, distance)| (label, distance.mean)).collect())
 }
 
-fn label_map(name: &'static str, labels: &Tensor, picture: &Tensor, device: Device) -> Result<Tensor> {
+/// `(1, 1, height, width)` in i64, as large as the picture.
+fn by_pixel(name: &'static str, labels: &LabelMap, picture: &Tensor, device: Device) -> Result<Tensor> {
     let (_, _, height, width) = picture.size4()?;
-    if labels.size() != [1, 1, height, width] {
-        return Err(Error::shape(name, format!("(1, 1, {height}, {width}), as large as the picture"), labels.size()));
+    if labels.batch()? != 1 {
+        return Err(Error::argument(name, format!("are of {} pictures; one is possible", labels.batch()?)));
     }
-    let kind = labels.f_kind()?;
-    if !matches!(kind, Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64 | Kind::Bool) {
-        return Err(Error::argument(name, format!("are of kind {kind:?}; labels are whole numbers")));
-    }
-    Ok(labels.f_to_device(device)?.f_to_kind(Kind::Int64)?)
+    let labels = labels.by_pixel((height, width))?;
+    let labels = labels.ok_or_else(|| Error::argument(name, "are soft; a pixel is to have one label (`LabelMap::new`)"))?;
+    Ok(labels.f_to_device(device)?)
 }
 
 /// The labels of the patches' centres in reading order, for the picture at a scale.
