@@ -257,7 +257,8 @@ fn ctrl_c_writes_what_there_is() {
 fn a_preview_that_cannot_be_written() {
     let place = place();
     fs::create_dir(place.path("folder")).unwrap();
-    let flags = ["--content", "content.png", "--style", "style.png", "--steps", "900", "--preview", "1", "--output", "folder/a.png", "--device", "cpu"];
+    let flags =
+        ["--content", "content.png", "--style", "style.png", "--steps", "900", "--preview", "1", "--output", "folder/a.png", "--device", "cpu"];
     let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let mut until = |word: &str| assert!(lines.by_ref().any(|line| line.unwrap().contains(word)), "no line has `{word}` in it");

@@ -149,7 +149,8 @@ fn flags_that_warn() {
         assert_eq!(stderr.matches("WARN --content-weight is without effect").count(), 1, "{flags:?}: {stderr}");
         assert_eq!(differ(&image::load(place.path("warned.png")).unwrap(), &plain), 0.0, "{flags:?}");
     }
-    for (size, tile, warns) in [("64x32", "x", false), ("32x64", "x", true), ("64x32", "y", true), ("64x96", "both", true), ("40x48", "none", false)] {
+    for (size, tile, warns) in [("64x32", "x", false), ("32x64", "x", true), ("64x32", "y", true), ("64x96", "both", true), ("40x48", "none", false)]
+    {
         let flags = ["--steps", "1", "--style", "style.png", "--size", size, "--tile", tile, "--device", "cpu", "--output", "tile.png"];
         let outcome = synthesis.run(&flags);
         let (stdout, stderr) = texts(&outcome);

@@ -170,7 +170,7 @@ fn an_epoch_that_fails_changes_nothing() {
 
 /// A learning rate with which this picture's loss is finite for some epochs, and how many those are.
 fn too_high(picture: &Tensor) -> (f64, usize) {
-    let rates = (0..48).map(|i| 1e20 / 2.0_f64.powi(i));
+    let rates = (0..48).map(|i| 2e3 / 1.25_f64.powi(i));
     let mut outcomes = rates.map(|lr| {
         let mut tuning = DecoderTuning::new(tiny(), picture, tuned_at(lr, 40)).unwrap();
         let mut losses = 0;
@@ -419,6 +419,28 @@ fn the_program_keeps_what_was_sound() {
     sound.finish().unwrap();
     assert!(decoded(&open(place.path("tuned"))).equal(&decoded(sound.vae())));
     assert_eq!(place.files().len(), before.len() + 1);
+}
+
+/// As on a full disk: an older folder stays as it was, and no part of a new one is left.
+#[cfg(unix)]
+#[test]
+fn a_folder_that_cannot_be_written_whole() {
+    let place = place();
+    finished(&place.run(&[&QUICK[..], &["--output", "old"]].concat()), "old");
+    let before = (place.files(), files(&place.path("old")));
+    for output in ["old", "new"] {
+        let command = place.command(&example::tiny(), &[&QUICK[..], &["--lr", "1e-3", "--output", output]].concat());
+        let mut limited = Command::new("sh");
+        // Nothing may be longer than some kilobytes, and to write more is an error instead of a signal.
+        limited.args(["-c", r#"trap "" XFSZ; ulimit -f 8; exec "$0" "$@""#]).arg(command.get_program()).args(command.get_args());
+        limited.current_dir(place.path("")).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?)))).stdin(Stdio::null());
+        let outcome = limited.output().unwrap();
+        let (stdout, stderr) = texts(&outcome);
+        assert_eq!((outcome.status.code(), stdout.as_str()), (Some(1), ""), "{stderr}");
+        let last = stderr.lines().last().unwrap();
+        assert!(last.starts_with("error: ") && last.contains(output) && stderr.contains("epoch 2/2"), "{stderr}");
+        assert!((place.files(), files(&place.path("old"))) == before, "{output}: something was left: {:?}", place.files().keys());
+    }
 }
 
 /// What is only looked at may fail, without harm to what was learnt.

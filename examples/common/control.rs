@@ -1,7 +1,7 @@
 //! The flags of a control picture, and what they come to.
 
-use attention_distillation::stable_diffusion::{Control, ControlNet};
 use super::Shared;
+use attention_distillation::stable_diffusion::{Control, ControlNet};
 use attention_distillation::{image, tch::Tensor, Result, StableDiffusion};
 use std::path::PathBuf;
 
