@@ -1,5 +1,5 @@
 //! The losses alone, on random features of the shapes that the method meets; what the backward pass goes on to cost in
-//! the network is in the other bench. An element is a query token: all tokens of the six layers count, whatever their
+//! the network is in `step.rs`. An element is a query token: all tokens of the six layers count, whatever their
 //! heads and widths.
 #![allow(clippy::disallowed_methods, missing_docs)]
 

@@ -4,7 +4,7 @@
 
 mod common;
 
-use attention_distillation::{image, GuidedSampler, Noise, Result, Settings};
+use attention_distillation::{image, Error, GuidedSampler, Noise, Result, Settings};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
 
@@ -37,6 +37,10 @@ fn task() -> Settings {
 fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let shared = &flags.shared;
     shared.over(task())?;
+    if !(flags.strength > 0.0 && flags.strength <= 1.0) {
+        let reason = format!("{} of the steps are none, or more than all; use 0.6 or so", flags.strength);
+        return Err(Error::Argument { argument: "strength", reason });
+    }
     let files = common::files(shared, 1);
     common::check_outputs(shared, &files)?;
     let layout = image::load(&flags.layout)?;

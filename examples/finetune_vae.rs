@@ -52,6 +52,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     config.check()?;
     AutoencoderKl::check_writable(&flags.output)?;
     flags.sheet.as_ref().map_or(Ok(()), image::check_writable)?;
+    flags.size.map_or(Ok(()), |common::Size(height, width)| image::check_size((height, width)))?;
     let device = flags.device.as_deref().map_or_else(|| Ok(device::best()), device::parse)?;
     let picture = image::load(&flags.image)?;
 
@@ -65,7 +66,29 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let mut tuning = DecoderTuning::new(vae, &picture, config)?;
 
     common::stop_on_ctrl_c();
-    let before = (tuning.psnr()?, tuning.decoded()?);
+    let before = tuning.psnr()?;
+    let decoded = flags.sheet.as_ref().map(|_| tuning.decoded()).transpose()?;
+    let outcome = tune(&mut tuning);
+    let outcome = outcome.and(tuning.check());
+    // What was learnt is kept before anything is said, and whatever else went wrong.
+    if tuning.epoch() > 0 {
+        let kept = tuning.vae().save(&flags.output);
+        if let (Err(_), Ok(())) = (&outcome, &kept) {
+            eprintln!("epoch {} of {} is kept in {}", tuning.epoch(), flags.epochs, flags.output.display());
+        }
+        outcome.and(kept)?;
+    } else {
+        outcome?;
+    }
+    println!("PSNR {before:.2} dB before, {:.2} dB after", tuning.psnr()?);
+    if let (Some(file), Some(before)) = (&flags.sheet, &decoded) {
+        image::save(&image::sheet(&[&picture, before, &tuning.decoded()?])?, file)?;
+    }
+    Ok(vec![flags.output.clone()])
+}
+
+/// All epochs, or as many as there are before Ctrl-C.
+fn tune(tuning: &mut DecoderTuning<AutoencoderKl>) -> Result<()> {
     let started = Instant::now();
     while let Some(progress) = tuning.advance()? {
         let (epoch, epochs) = (progress.epoch, progress.epochs);
@@ -78,11 +101,5 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
             break;
         }
     }
-    let after = (tuning.psnr()?, tuning.decoded()?);
-    tuning.vae().save(&flags.output)?;
-    if let Some(file) = &flags.sheet {
-        image::save(&image::sheet(&[&picture, &before.1, &after.1])?, file)?;
-    }
-    println!("PSNR {:.2} dB before, {:.2} dB after", before.0, after.0);
-    Ok(vec![flags.output.clone()])
+    Ok(())
 }

@@ -48,14 +48,15 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     common::check_outputs(shared, &files)?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
-    let control = flags.control.load()?;
+    shared.warn_of_content_weight(content.is_some(), "give --content, whose layout it would keep");
+    let control = flags.control.load(shared)?;
 
     let mut model = common::open(shared)?;
     let task = if model.is_xl() { Settings::text_to_image_xl() } else { Settings::text_to_image() };
     let settings = flags.over(model.settings(task)?)?;
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let ddim = model.ddim(settings.steps)?;
-    let control = control.map(|picture| flags.control.open(&mut model, picture, size, ddim.timesteps())).transpose()?;
+    let control = control.map(|loaded| flags.control.of(&mut model, loaded, size, ddim.timesteps())).transpose()?;
 
     // All prompts first: then the text encoders can go.
     let at_once = flags.batch.map_or(if model.is_xl() { 1 } else { 4 }, std::num::NonZeroUsize::get);

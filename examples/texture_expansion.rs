@@ -47,6 +47,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     common::check_outputs(shared, &files)?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     let regions = flags.regions.load(styles.len())?;
+    shared.warn_of_content_weight(false, "an expansion has no layout to keep, only regions");
 
     let mut model = common::open(shared)?;
     let trained = model.unet().sample_size().map_or(Windows::default().size, |(height, width)| height.min(width));

@@ -107,6 +107,12 @@ pub(crate) fn write_all(files: &[(PathBuf, &[u8])]) -> Result<()> {
     renamed
 }
 
+/// Whether files can be made beside `path`, by making one: permissions alone do not tell of a file system that is read-only.
+pub(crate) fn check_beside(path: &Path) -> Result<()> {
+    let part = temporary(path)?;
+    std::fs::write(&part, []).and_then(|()| std::fs::remove_file(&part)).map_err(Error::io(path))
+}
+
 /// A name beside `path` for what is to become it.
 pub(crate) fn temporary(path: &Path) -> Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| Error::argument("path", format!("`{}` names no file", path.display())))?;

@@ -156,7 +156,8 @@ fn by_sampling() {
         assert_eq!(size(&picture), (32, 24));
         drop(draw(&sampling, &["--seed", "42"], "b"));
         // The task's own settings.
-        drop(draw(&sampling, &["--iterations", "3", "--lr", "0.05", "--content-weight", "0.25"], "same"));
+        let weight: &[&str] = if content { &["--content-weight", "0.25"] } else { &["--content-weight", "0"] };
+        drop(draw(&sampling, &[&["--iterations", "3", "--lr", "0.05"], weight].concat(), "same"));
         let files = place.files();
         for same in ["b", "same"] {
             assert!(files[&format!("{name}_a.png")] == files[&format!("{name}_{same}.png")], "{name}: {same} is another picture");
@@ -171,8 +172,11 @@ fn by_sampling() {
         ] {
             assert!(differ(&draw(flags, more, run), &picture) > 0.0, "{name}: {run} is the same picture");
         }
-        let weighted = draw(&sampling, &["--content-weight", "5"], "weight");
+        let outcome = place.run(&[&sampling[..], &["--content-weight", "5", "--device", "cpu", "--output", "weight.png"]].concat());
+        assert_eq!(outcome.status.code(), Some(0));
+        let weighted = image::load(place.path("weight.png")).unwrap();
         assert_eq!(differ(&weighted, &picture) > 0.0, content, "the content loss acts where there is a content, and only there");
+        assert_eq!(texts(&outcome).1.contains("WARN --content-weight is without effect"), !content, "{}", texts(&outcome).1);
     }
     // 50 steps by itself, where the folder says nothing.
     let outcome = place.run(&["--style", "style.png", "--method", "sample", "--iterations", "0", "--size", "8x8", "--device", "cpu"]);
@@ -245,6 +249,36 @@ fn ctrl_c_writes_what_there_is() {
     assert!((40..400).contains(&stopped), "{stopped}");
     assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (48, 40));
     assert!(place.files().keys().all(|name| !name.contains(".part")));
+}
+
+/// A look at the run is not worth the run.
+#[cfg(unix)]
+#[test]
+fn a_preview_that_cannot_be_written() {
+    let place = place();
+    fs::create_dir(place.path("folder")).unwrap();
+    let flags =
+        ["--content", "content.png", "--style", "style.png", "--steps", "900", "--preview", "1", "--output", "folder/a.png", "--device", "cpu"];
+    let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut until = |word: &str| assert!(lines.by_ref().any(|line| line.unwrap().contains(word)), "no line has `{word}` in it");
+    until("step 90/900 ");
+    fs::rename(place.path("folder"), place.path("elsewhere")).unwrap();
+    until("WARN no preview of step ");
+    fs::create_dir(place.path("folder")).unwrap();
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    until("stopped after step ");
+    drop(lines);
+    finished_with(&mut child, "folder/a.png");
+    assert_eq!(size(&image::load(place.path("folder/a.png")).unwrap()), (48, 40));
+}
+
+#[cfg(unix)]
+#[track_caller]
+fn finished_with(child: &mut std::process::Child, path: &str) {
+    let mut stdout = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+    assert_eq!((child.wait().unwrap().code(), stdout.lines().last()), (Some(0), Some(path)));
 }
 
 /// A loss that is not finite ends the run with its step named, and without a picture.
@@ -335,7 +369,11 @@ fn outputs() {
         ] {
             place.refused(&[&QUICK[..], &[flag, bad]].concat(), &[bad, word]);
         }
+        // Nobody may write there, whatever its permissions say; known before a model is opened.
+        #[cfg(target_os = "linux")]
+        place.refused_with(&place.path("no_model"), &[&QUICK[..], &[flag, "/proc/out.png"]].concat(), &["/proc/out.png"]);
     }
+    place.refused_with(&place.path("no_model"), &[&QUICK[..], &["--vae", "no_vae"]].concat(), &["no_vae"]);
 }
 
 #[test]

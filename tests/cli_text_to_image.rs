@@ -433,7 +433,9 @@ fn bad_controls() {
     };
     refuse_with(&fixture("sd15"), &xl, &[], &["controlnet_sdxl", "another kind of model"]);
     refuse_with(&fixture("sdxl"), &net, &[], &["controlnet_sd15", "another kind of model"]);
-    let refuse = |net: &str, more: &[&str], words: &[&str]| refuse_with(&fixture("sd15"), net, more, words);
+    // Before a model is opened.
+    let none = place.path("no_model");
+    let refuse = |net: &str, more: &[&str], words: &[&str]| refuse_with(&none, net, more, words);
     refuse("no-such-net", &[], &["no-such-net", "ControlNet"]);
     fs::create_dir(place.path("empty")).unwrap();
     refuse("empty", &[], &["empty", "ControlNet"]);

@@ -129,6 +129,37 @@ fn wrong_arguments() {
     }
 }
 
+/// What does nothing, or not quite what it should, says so; the picture is as without.
+#[test]
+fn flags_that_warn() {
+    let (synthesis, expansion) = (place_with_masks("texture_synthesis"), place_with_masks("texture_expansion"));
+    let masks = ["--style-mask", "red_blue.png", "--target-mask", "blue_red.png"];
+    let no_fill = [&masks[..], &["--no-fill"]].concat();
+    for (place, flags, more) in [
+        (&synthesis, &QUICK[..], [].as_slice()),
+        (&synthesis, &QUICK, &["--method", "sample"]),
+        (&synthesis, &QUICK, &no_fill),
+        (&expansion, &EXPANSION, &[]),
+        (&expansion, &EXPANSION, &masks),
+    ] {
+        let flags = [flags, more].concat();
+        let plain = place.draw(&[&flags[..], &["--content-weight", "0"]].concat(), "plain.png");
+        let outcome = place.run(&[&flags[..], &["--content-weight", "0.5", "--device", "cpu", "--output", "warned.png"]].concat());
+        let stderr = texts(&outcome).1;
+        assert_eq!(stderr.matches("WARN --content-weight is without effect").count(), 1, "{flags:?}: {stderr}");
+        assert_eq!(differ(&image::load(place.path("warned.png")).unwrap(), &plain), 0.0, "{flags:?}");
+    }
+    for (size, tile, warns) in [("64x32", "x", false), ("32x64", "x", true), ("64x32", "y", true), ("64x96", "both", true), ("40x48", "none", false)]
+    {
+        let flags = ["--steps", "1", "--style", "style.png", "--size", size, "--tile", tile, "--device", "cpu", "--output", "tile.png"];
+        let outcome = synthesis.run(&flags);
+        let (stdout, stderr) = texts(&outcome);
+        assert_eq!(stdout, "tile.png\n", "{stderr}");
+        let words = format!("WARN {size} may show a slight seam: borders meet best where sides are multiples of 64 pixels");
+        assert_eq!((stderr.contains(&words), stderr.contains("WARN")), (warns, warns), "{flags:?}: {stderr}");
+    }
+}
+
 // ---- synthesis
 
 #[test]
@@ -150,7 +181,8 @@ fn methods_and_counts() {
 fn tiles() {
     let place = Place::of("texture_synthesis");
     for method in ["optimise", "sample"] {
-        let flags = [&QUICK[..], &["--method", method, "--sheet", "sheet.png"]].concat();
+        // The least side of which its network's deepest layer sees a whole place.
+        let flags = ["--steps", "2", "--size", "64x64", "--style", "style.png", "--method", method, "--sheet", "sheet.png"];
         let mut pictures = vec![];
         for tile in ["none", "x", "y", "both"] {
             pictures.push(place.draw(&[&flags[..], &["--tile", tile]].concat(), &format!("{method}_{tile}.png")));
@@ -159,8 +191,8 @@ fn tiles() {
         // The style, and the result twice in each direction.
         let sheet = image::load(place.path("sheet.png")).unwrap();
         let (height, width) = size(&sheet);
-        assert_eq!(height, 64);
-        assert_eq!(differ(&sheet.narrow(3, width - 64, 64), &pictures[3].repeat([1, 1, 2, 2])), 0.0, "{method}");
+        assert_eq!(height, 128);
+        assert_eq!(differ(&sheet.narrow(3, width - 128, 128), &pictures[3].repeat([1, 1, 2, 2])), 0.0, "{method}");
     }
 }
 
@@ -269,7 +301,8 @@ fn edits() {
     assert!(differ(&place.draw(&[&QUICK[..], &["--layout", "content.png"]].concat(), "c.png"), &place.draw(&flags, "o.png")) > 0.0);
 
     for bad in ["0", "1.5", "NaN", "-1", "inf"] {
-        place.refused(&[&EDIT[..], &["--strength", bad]].concat(), &["strength", bad]);
+        // Before a model is opened.
+        place.refused_with(&place.path("no_model"), &[&EDIT[..], &["--strength", bad]].concat(), &["strength", bad]);
     }
 }
 

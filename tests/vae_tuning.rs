@@ -10,9 +10,9 @@ use attention_distillation::stable_diffusion::{AutoencoderKl, DecoderTuning, Sea
 use attention_distillation::{image, Error, Noise, Result, StableDiffusion};
 use common::{fixture, Comparison, Expected, ACTIVATIONS};
 use example::{differ, finished, texts, Place};
-use model_copy::ModelCopy;
+use model_copy::{ModelCopy, Safetensors};
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -43,7 +43,11 @@ fn epochs(epochs: usize) -> TuningConfig {
 }
 
 fn rate(rate: f64) -> TuningConfig {
-    let mut config = epochs(3);
+    tuned_at(rate, 3)
+}
+
+fn tuned_at(rate: f64, count: usize) -> TuningConfig {
+    let mut config = epochs(count);
     config.learning_rate = rate;
     config
 }
@@ -158,17 +162,56 @@ fn an_epoch_that_fails_changes_nothing() {
         assert_eq!(tuning.epoch(), 0);
         assert!(decoded(tuning.vae()).equal(&before) && !decoded(tuning.vae()).requires_grad());
     }
-    // Too large a step, of which the next epoch suffers: the decoder stays where the first left it.
-    let mut tuning = DecoderTuning::new(tiny(), &picture(), rate(1e20)).unwrap();
-    tuning.advance().unwrap();
-    let first = decoded(tuning.vae());
-    assert!(matches!(tuning.advance(), Err(Error::NotFinite { what: "loss", step: 2, .. })));
-    assert_eq!(tuning.epoch(), 1);
-    assert!(decoded(tuning.vae()).nan_to_num(0.0, None, None).equal(&first.nan_to_num(0.0, None, None)));
     // A picture that is no number.
     let mut tuning = DecoderTuning::new(tiny(), &(picture() * f64::NAN), epochs(1)).unwrap();
     assert!(matches!(tuning.advance(), Err(Error::NotFinite { what: "loss", step: 1, .. })));
     assert!(decoded(tuning.vae()).equal(&before));
+}
+
+/// A learning rate with which this picture's loss is finite for some epochs, and how many those are.
+fn too_high(picture: &Tensor) -> (f64, usize) {
+    let rates = (0..48).map(|i| 2e3 / 1.25_f64.powi(i));
+    let mut outcomes = rates.map(|lr| {
+        let mut tuning = DecoderTuning::new(tiny(), picture, tuned_at(lr, 40)).unwrap();
+        let mut losses = 0;
+        loop {
+            match tuning.advance() {
+                Ok(Some(_)) => losses += 1,
+                Ok(None) => return (lr, 0),
+                Err(error) => {
+                    assert!(matches!(error, Error::NotFinite { step, .. } if step == losses + 1), "{error}");
+                    return (lr, losses);
+                }
+            }
+        }
+    });
+    outcomes.find(|(_, losses)| *losses > 2).unwrap()
+}
+
+/// Too large a step, of which the next epoch learns: the decoder is not left with it.
+#[test]
+fn an_epoch_that_leads_to_no_number_is_taken_back() {
+    let before = decoded(&tiny());
+    let mut tuning = DecoderTuning::new(tiny(), &picture(), rate(1e20)).unwrap();
+    for _ in 0..2 {
+        tuning.advance().unwrap();
+        assert_eq!(tuning.epoch(), 1);
+        assert!(matches!(tuning.advance(), Err(Error::NotFinite { what: "loss", step: 2, .. })));
+        assert_eq!(tuning.epoch(), 0);
+        assert!(decoded(tuning.vae()).equal(&before) && !decoded(tuning.vae()).requires_grad());
+    }
+    // Later, after epochs that are worth keeping; in the midst of them, and where no further epoch would tell.
+    let (lr, losses) = too_high(&picture());
+    println!("{lr:e}: {losses} losses");
+    let mut sound = DecoderTuning::new(tiny(), &picture(), tuned_at(lr, losses - 1)).unwrap();
+    sound.finish().unwrap();
+    for epochs in [losses, losses + 5] {
+        let mut tuning = DecoderTuning::new(tiny(), &picture(), tuned_at(lr, epochs)).unwrap();
+        assert!(matches!(tuning.finish(), Err(Error::NotFinite { what: "loss", .. })));
+        assert_eq!(tuning.epoch(), losses - 1);
+        tuning.check().unwrap();
+        assert!(decoded(tuning.vae()).equal(&decoded(sound.vae())));
+    }
 }
 
 #[test]
@@ -217,6 +260,22 @@ fn saved_and_opened() {
     }
 }
 
+/// As diffusers wrote the fixtures: names, shapes and the mark of the format, with f32 for what was computed in it.
+#[test]
+fn names_and_shapes_are_those_of_diffusers() {
+    for model in ["sd15/vae", "vae_old_names", "vae_plain"] {
+        let place = tempfile::tempdir().unwrap();
+        open(fixture(model)).save(place.path()).unwrap();
+        let header = |folder: &Path| Safetensors::parse(&fs::read(folder.join("diffusion_pytorch_model.safetensors")).unwrap()).header;
+        let (saved, original) = (header(place.path()), header(&fixture(model)));
+        assert_eq!(saved.keys().collect::<BTreeSet<_>>(), original.keys().collect(), "{model}");
+        for (name, tensor) in saved.iter().filter(|(name, _)| *name != "__metadata__") {
+            assert_eq!((&tensor["shape"], &tensor["dtype"]), (&original[name]["shape"], &json!("F32")), "{model}: {name}");
+        }
+        assert_eq!(saved["__metadata__"], json!({ "format": "pt" }), "{model}");
+    }
+}
+
 #[test]
 fn folders_that_are_not_written() {
     let vae = tiny();
@@ -226,6 +285,12 @@ fn folders_that_are_not_written() {
     refused(vae.save(path("file")), &["is a file", "file"]);
     refused(vae.save(path("missing/tuned")), &["missing does not exist"]);
     refused(vae.save(""), &["names no folder"]);
+    // Nobody may write there, whatever its permissions say.
+    #[cfg(target_os = "linux")]
+    for folder in ["/proc/tuned", "/proc/self"] {
+        assert!(matches!(AutoencoderKl::check_writable(folder), Err(Error::Io { .. })), "{folder}");
+        refused(vae.save(folder), &[folder]);
+    }
     let copy = ModelCopy::new();
     let before = files(&copy.path("unet"));
     refused(vae.save(copy.path("unet")), &["UNet2DConditionModel", "another folder"]);
@@ -309,12 +374,90 @@ fn the_program_refuses() {
         (&["--image", "style.png", "--output", "other.png"], &["other.png", "is a file"]),
         (&["--image", "style.png", "--output", "no/tuned"], &["no does not exist"]),
         (&["--image", "style.png", "--size", "4x4", "--output", "tuned"], &["4x4"]),
+        (&["--image", "style.png", "--size", "0x4", "--output", "tuned"], &["0x4"]),
         (&["--image", "style.png", "--vae", "missing", "--output", "tuned"], &["missing"]),
     ] {
         place.refused(flags, words);
     }
+    // Before a model is opened, or fetched.
+    let none = place.path("no_model");
+    for (flags, word) in [
+        (["--size", "0x4", "--output", "tuned"], "0x4"),
+        (["--vae", "missing", "--output", "tuned"], "missing"),
+        #[cfg(target_os = "linux")]
+        (["--size", "32x32", "--output", "/proc/tuned"], "/proc/tuned"),
+        #[cfg(target_os = "linux")]
+        (["--output", "tuned", "--sheet", "/proc/sheet.png"], "/proc/sheet.png"),
+    ] {
+        place.refused_with(&none, &[&["--image", "style.png"], &flags[..]].concat(), &[word]);
+    }
     place.misused(&["--output", "tuned"], &["--image"]);
     place.misused(&["--image", "style.png"], &["--output"]);
+}
+
+/// A run that fails midway keeps the epochs before, and one that has none to keep writes nothing.
+#[test]
+fn the_program_keeps_what_was_sound() {
+    let place = place();
+    let run = |lr: f64, output: &str| {
+        let outcome = place.run(&["--image", "style.png", "--epochs", "40", "--device", "cpu", "--lr", &lr.to_string(), "--output", output]);
+        let (stdout, stderr) = texts(&outcome);
+        assert_eq!((outcome.status.code(), stdout.as_str()), (Some(1), ""), "{stderr}");
+        assert!(stderr.lines().last().unwrap().starts_with("error: the loss became infinite or NaN in step "), "{stderr}");
+        stderr
+    };
+    let picture = image::load(place.path("style.png")).unwrap();
+    let before = place.files();
+    assert!(!run(1e20, "nothing").contains("kept"));
+    assert!(place.files() == before, "something was written");
+
+    let (lr, losses) = too_high(&picture);
+    let kept = format!("epoch {} of 40 is kept in tuned", losses - 1);
+    let stderr = run(lr, "tuned");
+    assert!(stderr.lines().any(|line| line == kept), "{kept}: {stderr}");
+    let mut sound = DecoderTuning::new(tiny(), &picture, tuned_at(lr, losses - 1)).unwrap();
+    sound.finish().unwrap();
+    assert!(decoded(&open(place.path("tuned"))).equal(&decoded(sound.vae())));
+    assert_eq!(place.files().len(), before.len() + 1);
+}
+
+/// As on a full disk: an older folder stays as it was, and no part of a new one is left.
+#[cfg(unix)]
+#[test]
+fn a_folder_that_cannot_be_written_whole() {
+    let place = place();
+    finished(&place.run(&[&QUICK[..], &["--output", "old"]].concat()), "old");
+    let before = (place.files(), files(&place.path("old")));
+    for output in ["old", "new"] {
+        let command = place.command(&example::tiny(), &[&QUICK[..], &["--lr", "1e-3", "--output", output]].concat());
+        let mut limited = Command::new("sh");
+        // Nothing may be longer than some kilobytes, and to write more is an error instead of a signal.
+        limited.args(["-c", r#"trap "" XFSZ; ulimit -f 8; exec "$0" "$@""#]).arg(command.get_program()).args(command.get_args());
+        limited.current_dir(place.path("")).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?)))).stdin(Stdio::null());
+        let outcome = limited.output().unwrap();
+        let (stdout, stderr) = texts(&outcome);
+        assert_eq!((outcome.status.code(), stdout.as_str()), (Some(1), ""), "{stderr}");
+        let last = stderr.lines().last().unwrap();
+        assert!(last.starts_with("error: ") && last.contains(output) && stderr.contains("epoch 2/2"), "{stderr}");
+        assert!((place.files(), files(&place.path("old"))) == before, "{output}: something was left: {:?}", place.files().keys());
+    }
+}
+
+/// What is only looked at may fail, without harm to what was learnt.
+#[cfg(unix)]
+#[test]
+fn a_sheet_that_cannot_be_written() {
+    let place = place();
+    fs::create_dir(place.path("sheets")).unwrap();
+    let flags = ["--image", "style.png", "--epochs", "100", "--device", "cpu", "--output", "tuned", "--sheet", "sheets/sheet.png"];
+    let mut child = place.command(&example::tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().starts_with("epoch 10/100 "));
+    fs::remove_dir(place.path("sheets")).unwrap();
+    let last = lines.map(|line| line.unwrap()).last().unwrap();
+    assert!(last.starts_with("error: ") && last.contains("sheets/sheet.png"), "{last}");
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    drop(open(place.path("tuned")));
 }
 
 /// Ctrl-C keeps what there is.

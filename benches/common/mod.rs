@@ -7,7 +7,7 @@ use attention_distillation::{
 use criterion::Criterion;
 use std::time::Duration;
 
-/// Few samples: calls take milliseconds to seconds, and `cargo bench` is to end within four minutes on two cores.
+/// Few samples: calls take milliseconds to seconds, and `cargo bench` is to end within some six minutes on two idle cores.
 pub fn criterion() -> Criterion {
     Criterion::default().sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5)).without_plots()
 }

@@ -1,5 +1,6 @@
 //! The flags of a control picture, and what they come to.
 
+use super::Shared;
 use attention_distillation::stable_diffusion::{Control, ControlNet};
 use attention_distillation::{image, tch::Tensor, Result, StableDiffusion};
 use std::path::PathBuf;
@@ -30,19 +31,28 @@ pub struct ControlFlags {
 }
 
 impl ControlFlags {
-    /// The control picture or the photo, where one is named.
-    pub fn load(&self) -> Result<Option<Tensor>> {
-        self.picture.as_ref().or(self.from.as_ref()).map(image::load).transpose()
+    /// The control picture or the photo and the ControlNet, where they are named: before the model, which takes longer to open.
+    pub fn load(&self, shared: &Shared) -> Result<Option<(Tensor, ControlNet)>> {
+        let (Some(picture), Some(folder)) = (self.picture.as_ref().or(self.from.as_ref()), &self.controlnet) else { return Ok(None) };
+        Control::check(self.strength, self.start, self.end)?;
+        let picture = image::load(picture)?;
+        let device = shared.device()?;
+        Ok(Some((picture, ControlNet::open(folder, device, shared.kind(device)?)?)))
     }
 
     /// What was loaded, as the control picture that it is or becomes, and the control of it. A photo is scaled first, so that
     /// its edges are one pixel wide in the output.
-    pub fn open(&self, model: &mut StableDiffusion, loaded: Tensor, size: (i64, i64), timesteps: &[f64]) -> Result<(Tensor, Control)> {
-        let folder = self.controlnet.clone().unwrap_or_default();
-        let net = model.add_controlnet(ControlNet::open(folder, model.device(), model.kind())?)?;
+    pub fn of(
+        &self,
+        model: &mut StableDiffusion,
+        (picture, net): (Tensor, ControlNet),
+        size: (i64, i64),
+        timesteps: &[f64],
+    ) -> Result<(Tensor, Control)> {
+        let net = model.add_controlnet(net)?;
         let picture = match self.canny {
-            true => image::canny(&image::resize(&loaded, size)?, image::CANNY_LOW, image::CANNY_HIGH)?,
-            false => loaded,
+            true => image::canny(&image::resize(&picture, size)?, image::CANNY_LOW, image::CANNY_HIGH)?,
+            false => picture,
         };
         let control = model.control(net, &picture, size)?.with_strength(self.strength)?.between(self.start, self.end, timesteps)?;
         Ok((picture, control))

@@ -66,6 +66,13 @@ impl Shared {
         self.dtype.as_deref().map_or_else(|| Ok(device::kind(device)), device::parse_kind)
     }
 
+    /// A flag that does nothing may stand for a mistake.
+    pub fn warn_of_content_weight(&self, has_content: bool, advice: &str) {
+        if !has_content && self.content_weight.is_some_and(|weight| weight > 0.0) {
+            tracing::warn!("--content-weight is without effect here; {advice}");
+        }
+    }
+
     /// The task's settings with the flags in their place.
     pub fn over(&self, mut settings: Settings) -> Result<Settings> {
         settings.steps = self.steps.unwrap_or(settings.steps);

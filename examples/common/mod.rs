@@ -16,7 +16,7 @@ pub use prompts::PromptFlags;
 pub use regions::RegionFlags;
 
 use attention_distillation::{image, tch::Tensor, References, Result, Settings, StableDiffusion, Style};
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 /// Ends an example: the last lines on stdout are the paths that it wrote; an error is one line on stderr and status 1.
 pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
@@ -38,6 +38,7 @@ pub fn show_warnings() {
     tracing_subscriber::fmt()
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .with_target(false)
         .init();

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 pub fn open(shared: &Shared) -> Result<StableDiffusion> {
     let device = shared.device()?;
     let kind = shared.kind(device)?;
+    // First, as the model takes longer, and the more so where it has to be fetched.
+    let vae = shared.vae.as_ref().map(|folder| AutoencoderKl::open(folder, device, kind)).transpose()?;
     let mut model = StableDiffusion::open(folder(&shared.model, kind)?, device, kind)?;
     model.set_gradient_checkpointing(shared.low_memory);
-    if let Some(folder) = &shared.vae {
-        model.set_vae(AutoencoderKl::open(folder, device, kind)?)?;
-    }
+    vae.map_or(Ok(()), |vae| model.set_vae(vae))?;
     Ok(model)
 }
 

@@ -102,7 +102,10 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
         bar.iter().for_each(|bar| bar.set_position(step as u64));
         if shared.preview.is_some_and(|every| step % every == 0 && step < steps) {
             run.check()?;
-            save(&model.decode(run.latents())?, files)?;
+            // The run is worth more than a look at it.
+            if let Err(error) = model.decode(run.latents()).and_then(|pictures| save(&pictures, files)) {
+                tracing::warn!(%error, "no preview of step {step}");
+            }
         }
         if stopped() && step < steps {
             run.check()?;

@@ -1,6 +1,7 @@
 //! Picture files.
 
-use crate::{tensor_file::write_whole, Error, Result};
+use crate::tensor_file::{check_beside, write_whole};
+use crate::{Error, Result};
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Rgb, RgbImage, RgbaImage};
 use std::{io::Cursor, path::Path};
 use tch::Tensor;
@@ -96,7 +97,7 @@ pub fn check_writable(path: impl AsRef<Path>) -> Result<()> {
         _ => Path::new("."),
     };
     if folder.is_dir() && !path.is_dir() {
-        return Ok(());
+        return check_beside(path);
     }
     let reason = if path.is_dir() {
         "is a folder; name a file in it".into()

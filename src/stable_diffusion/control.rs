@@ -21,6 +21,19 @@ pub struct Control {
 }
 
 impl Control {
+    /// Before a model is opened: what [`with_strength`](Self::with_strength) and [`between`](Self::between) would refuse, whatever
+    /// the timesteps.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] as theirs.
+    pub fn check(strength: f64, start: f64, end: f64) -> Result<()> {
+        check_strength(strength)?;
+        if 0.0 <= start && start < end && end <= 1.0 {
+            return Ok(());
+        }
+        Err(Error::argument("control", format!("it begins at {start} and ends at {end} of the steps; 0 <= start < end <= 1 is possible")))
+    }
+
     /// Times what the ControlNet adds; 1 without this, as it was trained, and 0 is without effect.
     ///
     /// # Errors
@@ -41,12 +54,7 @@ impl Control {
     /// # Errors
     /// [`Error::Argument`] unless `0 <= start < end <= 1`, and for timesteps that are none or not finite.
     pub fn between(mut self, start: f64, end: f64, timesteps: &[f64]) -> Result<Self> {
-        if !(0.0 <= start && start < end && end <= 1.0) {
-            return Err(Error::argument(
-                "control",
-                format!("it begins at {start} and ends at {end} of the steps; 0 <= start < end <= 1 is possible"),
-            ));
-        }
+        Self::check(self.strength, start, end)?;
         if timesteps.is_empty() || !timesteps.iter().all(|t| t.is_finite()) {
             return Err(Error::argument("timesteps", "are none, or not all of them finite"));
         }

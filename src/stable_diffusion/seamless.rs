@@ -10,7 +10,8 @@ use tch::Tensor;
 /// Which opposite borders of a picture meet, so that copies of it laid side by side show no seam.
 ///
 /// Along such an axis every convolution goes on at the other border (circular padding) where otherwise it sees zeros. Copies meet
-/// best where a side is a multiple of what the U-Net's deepest layer sees as one place: of 64 pixels in Stable Diffusion.
+/// best where a side is a multiple of what the U-Net's deepest layer sees as one place: of 64 pixels in Stable Diffusion
+/// 1.5 ([`AutoencoderKl::factor`](super::AutoencoderKl::factor) times [`UNet::factor`](super::UNet::factor)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Seamless {
     /// A picture with borders, as usual.

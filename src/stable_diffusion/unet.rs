@@ -24,6 +24,7 @@ pub struct UNet {
     conv_out: Conv2d,
     activation: Activation,
     sample_size: Option<(i64, i64)>,
+    factor: i64,
     borders: Borders,
 }
 
@@ -76,6 +77,7 @@ impl UNet {
             conv_out: Conv2d::new(&at.at("conv_out"), first, config.count("out_channels", 4)?, odd_kernel(config, "conv_out_kernel")?)?,
             activation: resnet.activation,
             sample_size: sample_size(config)?,
+            factor: 1 << blocks.saturating_sub(1).min(62),
             borders: at.borders(),
         })
     }
@@ -103,6 +105,11 @@ impl UNet {
     /// Height and width, in latents, of the pictures that it was trained on, where its configuration says so.
     pub fn sample_size(&self) -> Option<(i64, i64)> {
         self.sample_size
+    }
+
+    /// Latents, along each side, per place of its deepest layers: 8 in Stable Diffusion 1.5, 4 in SDXL.
+    pub fn factor(&self) -> i64 {
+        self.factor
     }
 
     /// Whether it wants pooled text and time ids beside the text, as SDXL does.

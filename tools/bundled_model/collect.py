@@ -16,7 +16,9 @@ Two steps, both without chance but for a seed:
    write work/tiles/NAME.npy (uint8, N x 288 x 288 x 3; the tiles of manifest.csv's rows of that source, in their order),
    a contact sheet work/sheets/NAME.png, and manifest.csv.
 
-The format of the sources is described in README.md; work/rejected/NAME.csv says for every picture that was left out why.
+The keys of a source are those of the class Source below. Paths are inside the unpacked package; a member of a zip archive or of a Qt
+resource file goes on after the archive's name: "usr/share/a/b.pk3/textures/c.png". Patterns are shell patterns whose * matches / too.
+work/rejected/NAME.csv says for every picture that was left out why; work/excluded.csv does so for the merge.
 """
 
 import argparse
@@ -50,6 +52,7 @@ SEED = 5
 RECIPE = 1  # count up when the filters or the cutting change: every source is then done again
 
 GROUPS = ("photograph", "painting", "texture", "drawing")
+DETAILS_FROM = {"photograph": 2.0, "painting": 1.45, "texture": 2.0, "drawing": 1.45}  # strokes are what a painting has to teach
 KINDS = ("debian", "debian-source", "npm", "pypi")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tga", ".dds", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pcx", ".avif")
 ZIPS = (".zip", ".pk3", ".pk4", ".jar", ".whl", ".egg")
@@ -84,7 +87,7 @@ class Source:
     evidence: str = ""  # where a licence of the whole source is stated
     id: str = ""  # name of the results, where one package gives several sources
     include: list = dataclasses.field(default_factory=lambda: ["*"])
-    exclude: list = dataclasses.field(default_factory=list)
+    exclude: list = dataclasses.field(default_factory=list)  # one added later takes effect in the next merge
     file: list = dataclasses.field(default_factory=list)  # per-file licence, author, title, group, exclude
     roots: dict = dataclasses.field(default_factory=dict)  # installed prefix -> prefix in debian/copyright
     extensions: list = dataclasses.field(default_factory=list)  # that the files had before the package's build converted them
@@ -92,6 +95,7 @@ class Source:
     author: str = ""
     dist: str = "wheel"  # PyPI: "wheel" or "sdist"
     crops: float = 1.0  # how many tiles of a large picture's details, relative to the default
+    details_from: float = 0.0  # how many tile sides the short side must have for tiles of details; by default according to the group
     limit: int = 0  # at most this many pictures, chosen by the seed
     ground: str = ""  # a colour to put transparent pictures on
     min_side: int = 200
@@ -109,9 +113,10 @@ class Source:
 
     def key(self):
         """Changes when the results would."""
-        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        said = {name: value for name, value in said.items() if value}  # so that a new option leaves the results of old entries alone
-        text = json.dumps([RECIPE, SEED, SIDE, said], sort_keys=True)
+        default = Source(self.kind, self.name, self.version, "listed", self.group)
+        said = {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(default, name)}
+        said.pop("exclude", None)  # the merge heeds it
+        text = json.dumps([RECIPE, SEED, SIDE, self.name, self.version, self.licence, self.group, said], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -148,6 +153,12 @@ def permissive(expression):
         if parts and all(PERMISSIVE.fullmatch(p) for p in parts):
             return True
     return False
+
+
+def spelled(licence):
+    """One spelling for each of the commonest licences."""
+    licence = re.sub(r"\b(public[ -]domain|PD)\b", "public domain", licence, flags=re.IGNORECASE)
+    return re.sub(r"\bCC-?0(-1\.0)?(?![\w.-])", "CC0-1.0", licence)
 
 
 def dep5(text):
@@ -443,7 +454,7 @@ def dull(tile, source):
     return None
 
 
-def cut(picture, rng, crops):
+def cut(picture, rng, crops, details_from):
     """The tiles of a picture: all of it, and details of a large one at a finer scale."""
     short = min(picture.size)
 
@@ -454,8 +465,8 @@ def cut(picture, rng, crops):
     slack = (whole.width - SIDE, whole.height - SIDE)
     ends = [0.5] if max(slack) < 0.45 * SIDE else [0.0, 1.0]
     tiles = [(whole, round(slack[0] * e), round(slack[1] * e)) for e in ends]
-    for scale, most in ((2.0, 2), (3.5, 4)):
-        if short >= scale * SIDE:
+    for scale, least, most in ((min(2.0, short / SIDE), details_from, 2), (3.5, 3.5, 4)):
+        if short >= least * SIDE:
             finer = at(scale)
             for _ in range(max(0, round(most * crops))):
                 tiles.append((finer, int(rng.integers(finer.width - SIDE + 1)), int(rng.integers(finer.height - SIDE + 1))))
@@ -520,7 +531,7 @@ def collect(source):
                 continue
             if picture is not None:
                 rng = np.random.default_rng([SEED, int(sha[:8], 16)])
-                found = cut(picture, rng, source.crops)
+                found = cut(picture, rng, source.crops, source.details_from or DETAILS_FROM[terms.group])
                 dullness = [dull(t, source) for t in found]
                 found = [t for t, d in zip(found, dullness) if d is None]
                 if not found:
@@ -692,6 +703,9 @@ def merge(sources):
         for i in sorted(range(len(rows)), key=lambda i: rows[i]["path"]):
             row = rows[i]
             name = f"{source.id}: {row['path']}"
+            if matches(source.exclude, row["path"]):
+                excluded.append((name, "excluded"))
+                continue
             reason = held_out.holds(source, row, hashes[i], shots[i])
             view = standardise(shots[i][:1])
             if not reason and row["sha256"] in known_sha:
@@ -709,6 +723,7 @@ def merge(sources):
             known_names.append(name)
             known_hashes = np.concatenate([known_hashes, hashes[i : i + 1]])
             known_views = np.concatenate([known_views, view])
+            row["licence"] = spelled(row["licence"])
             kept.append(row | {"source": source.id, "kind": source.kind, "package": source.name, "version": source.version, "tiles": int(counts[i])})
             numbers += range(starts[i], starts[i] + counts[i])
         manifest += kept

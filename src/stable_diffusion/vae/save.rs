@@ -42,7 +42,7 @@ impl AutoencoderKl {
     ///
     /// # Errors
     /// [`Error::Config`] for a file, a folder in one that does not exist, or one that holds another network, or weights that
-    /// would be read in place of the new ones.
+    /// would be read in place of the new ones; [`Error::Io`] where no file can be made.
     pub fn check_writable(folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         let bad = |reason: String| Err(Error::Config { path: folder.to_owned(), reason });
@@ -55,7 +55,7 @@ impl AutoencoderKl {
                 (true, ..) => bad("is a file; name a folder".into()),
                 (_, _, None) => bad("names no folder".into()),
                 (_, false, _) => bad(format!("the folder {} does not exist; make it first", parent.display())),
-                _ => Ok(()),
+                _ => tensor_file::check_beside(folder),
             };
         }
         let elsewhere = "name another folder";
@@ -64,12 +64,13 @@ impl AutoencoderKl {
         }
         let config = folder.join(CONFIG);
         match (config.exists(), folder.join(WEIGHTS).exists()) {
-            (false, false) => Ok(()),
-            (false, true) => bad(format!("holds weights that no config.json explains; {elsewhere}")),
+            (false, false) => {}
+            (false, true) => return bad(format!("holds weights that no config.json explains; {elsewhere}")),
             (true, _) => match Config::open(&config)?.text("_class_name", "something else")? {
-                "AutoencoderKL" => Ok(()),
-                other => bad(format!("holds {other}, not an autoencoder; {elsewhere}")),
+                "AutoencoderKL" => {}
+                other => return bad(format!("holds {other}, not an autoencoder; {elsewhere}")),
             },
         }
+        tensor_file::check_beside(&config)
     }
 }

@@ -77,7 +77,8 @@ pub struct TuningProgress {
 ///
 /// Like a [`Distiller`](crate::Distiller) it is pulled, one epoch per [`advance`](Self::advance); stop calling, and the decoder
 /// keeps what it has learnt. **After an error it stands exactly at its last finished epoch**, and the same call may be made
-/// again. Between calls nothing of the autoencoder requires a gradient.
+/// again; an epoch that turns out to have led to an infinite or NaN loss is taken back. Between calls nothing of the autoencoder
+/// requires a gradient.
 #[derive(Debug)]
 pub struct DecoderTuning<V> {
     vae: V,
@@ -90,6 +91,8 @@ pub struct DecoderTuning<V> {
     /// One for each of the decoder's parameters, in their order.
     optimizers: Vec<Adam>,
     epoch: usize,
+    /// What all of them were before the last epoch, until its loss is known.
+    before: Vec<(Tensor, OptimizerState)>,
 }
 
 /// Of what is taught; quantisation's convolution before it is not among these.
@@ -127,7 +130,7 @@ impl<V: BorrowMut<AutoencoderKl>> DecoderTuning<V> {
         })?;
         let adam = AdamConfig::with_learning_rate(config.learning_rate);
         let optimizers = parameters(autoencoder).map(|_| Adam::new(adam)).collect();
-        Ok(Self { vae, config, picture, pixels, latents, optimizers, epoch: 0 })
+        Ok(Self { vae, config, picture, pixels, latents, optimizers, epoch: 0, before: vec![] })
     }
 
     /// The autoencoder as it is now.
@@ -148,30 +151,65 @@ impl<V: BorrowMut<AutoencoderKl>> DecoderTuning<V> {
     /// The next epoch; none after the last. Costs a forward and a backward pass of the decoder, and waits for a GPU.
     ///
     /// # Errors
-    /// [`Error::NotFinite`]; libtorch's, as out of memory. The decoder is then as it was after the last finished epoch.
+    /// libtorch's, as out of memory, and [`Error::NotFinite`] for parameters: the decoder is then as it was after the last finished
+    /// epoch. [`Error::NotFinite`] for the loss: that is the fault of the epoch before, which is taken back, too.
     pub fn advance(&mut self) -> Result<Option<TuningProgress>> {
         if self.epoch >= self.config.epochs {
             return Ok(None);
         }
         let step = self.epoch + 1;
-        let not_finite = |what| Error::NotFinite { what, step, timestep: f64::NAN };
         let (loss, psnr, gradients) = self.gradients()?;
         if !loss.is_finite() {
-            return Err(not_finite("loss"));
+            return Err(self.take_back(step));
         }
+        // Room for the next copies.
+        self.before.clear();
         let mut undo = vec![];
-        let outcome = self.update(&gradients, &mut undo).and_then(|sound| if sound { Ok(()) } else { Err(not_finite("decoder")) });
+        let outcome = self.update(&gradients, &mut undo).and_then(|sound| if sound { Ok(()) } else { Err(not_finite("decoder", step)) });
         if let Err(error) = outcome {
-            // Nothing is allocated here, and what remains to be told is the first error.
-            let _guard = tch::no_grad_guard();
-            for ((parameter, optimizer), (value, state)) in parameters(self.vae.borrow()).zip(&mut self.optimizers).zip(undo) {
-                let _ = parameter.shallow_clone().f_copy_(&value);
-                let _ = optimizer.load_state(state);
-            }
+            self.restore(undo);
             return Err(error);
         }
-        self.epoch = step;
+        (self.epoch, self.before) = (step, undo);
         Ok(Some(TuningProgress { epoch: self.epoch, epochs: self.config.epochs, loss, psnr }))
+    }
+
+    /// Whether the loss is finite after the last epoch, of which [`advance`](Self::advance) would learn in the next one only: to be
+    /// asked before the autoencoder is used or saved. Costs a forward pass of the decoder.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`], that epoch having been taken back; libtorch's.
+    pub fn check(&mut self) -> Result<()> {
+        let loss = tch::no_grad(|| Ok::<_, Error>(self.loss(&self.vae().decode(&self.latents)?)?.f_double_value(&[])?))?;
+        if loss.is_finite() {
+            Ok(())
+        } else {
+            Err(self.take_back(self.epoch))
+        }
+    }
+
+    /// The last epoch has led to a loss that is not finite.
+    fn take_back(&mut self, step: usize) -> Error {
+        let before = std::mem::take(&mut self.before);
+        if !before.is_empty() {
+            self.restore(before);
+            self.epoch = self.epoch.saturating_sub(1);
+        }
+        not_finite("loss", step)
+    }
+
+    /// Parameters and optimizers as they were; where an epoch has failed midway, the first of them.
+    fn restore(&mut self, before: Vec<(Tensor, OptimizerState)>) {
+        let _guard = tch::no_grad_guard();
+        for ((parameter, optimizer), (value, state)) in parameters(self.vae.borrow()).zip(&mut self.optimizers).zip(before) {
+            // Nothing is allocated here, and what remains to be told is the first error.
+            let _ = parameter.shallow_clone().f_copy_(&value);
+            let _ = optimizer.load_state(state);
+        }
+    }
+
+    fn loss(&self, decoded: &Tensor) -> Result<Tensor> {
+        Ok(decoded.f_sub(&self.pixels)?.f_abs()?.f_mean(Kind::Float)?)
     }
 
     /// The loss and its gradient by each of the decoder's parameters, and how near the decoded picture is.
@@ -180,7 +218,7 @@ impl<V: BorrowMut<AutoencoderKl>> DecoderTuning<V> {
         let learning = Learning::begin(vae)?;
         tch::with_grad(|| {
             let decoded = vae.decode(&self.latents)?;
-            let loss = decoded.f_sub(&self.pixels)?.f_abs()?.f_mean(Kind::Float)?;
+            let loss = self.loss(&decoded)?;
             let gradients = Tensor::f_run_backward(&[&loss], &learning.0, false, false)?;
             Ok((loss.f_double_value(&[])?, self.psnr_of(&decoded.f_detach()?)?, gradients))
         })
@@ -198,13 +236,13 @@ impl<V: BorrowMut<AutoencoderKl>> DecoderTuning<V> {
         Ok(Tensor::f_stack(&sound, 0)?.f_all()?.f_int64_value(&[])? == 1)
     }
 
-    /// All epochs that are left.
+    /// All epochs that are left, and a [`check`](Self::check) of the last one.
     ///
     /// # Errors
     /// As [`advance`](Self::advance), after which it can go on, too.
     pub fn finish(&mut self) -> Result<()> {
         while self.advance()?.is_some() {}
-        Ok(())
+        self.check()
     }
 
     /// The picture as the decoder gives it back now, `(batch, 3, height, width)` with values 0 to 1.
@@ -228,6 +266,10 @@ impl<V: BorrowMut<AutoencoderKl>> DecoderTuning<V> {
         let error = shown(decoded)?.f_sub(&self.picture)?.f_square()?.f_mean(Kind::Float)?.f_double_value(&[])?;
         Ok(-10.0 * error.log10())
     }
+}
+
+fn not_finite(what: &'static str, step: usize) -> Error {
+    Error::NotFinite { what, step, timestep: f64::NAN }
 }
 
 fn shown(pixels: &Tensor) -> Result<Tensor> {
