@@ -5,6 +5,7 @@
     python3 collect.py NAME...           # only these, then the merge
     python3 collect.py --merge-only      # after a change to heldout.toml
     python3 collect.py --hold-out FILE.. # adds pictures to heldout.toml
+    python3 collect.py --folder DIR --work other   # a folder of one's own in place of the sources; writes other/manifest.csv
 
 Needs Pillow and numpy, and the clients of the registries: apt-get and dpkg (dpkg-dev for source packages), npm, pip.
 
@@ -53,7 +54,7 @@ RECIPE = 1  # count up when the filters or the cutting change: every source is t
 
 GROUPS = ("photograph", "painting", "texture", "drawing")
 DETAILS_FROM = {"photograph": 2.0, "painting": 1.45, "texture": 2.0, "drawing": 1.45}  # strokes are what a painting has to teach
-KINDS = ("debian", "debian-source", "npm", "pypi")
+KINDS = ("debian", "debian-source", "npm", "pypi", "folder")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tga", ".dds", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pcx", ".avif")
 ZIPS = (".zip", ".pk3", ".pk4", ".jar", ".whl", ".egg")
 
@@ -105,7 +106,7 @@ class Source:
         self.id = self.id or re.sub(r"[^A-Za-z0-9.+-]+", "-", self.name.lstrip("@"))
         if self.kind not in KINDS or self.group not in GROUPS:
             raise Failure(f"{self.id}: kind {self.kind!r} or group {self.group!r} is unknown")
-        if self.licence not in ("copyright-file", "readme", "listed"):
+        if self.kind != "folder" and self.licence not in ("copyright-file", "readme", "listed"):
             if not permissive(self.licence):
                 raise Failure(f"{self.id}: licence {self.licence!r} is not a permissive one")
             if not self.evidence:
@@ -268,7 +269,7 @@ class Licences:
                 terms.group = entry.get("group", terms.group)
                 if entry.get("exclude"):
                     terms.refused = "excluded: " + str(entry["exclude"])
-        if not terms.refused and not permissive(terms.licence):
+        if self.source.kind != "folder" and not terms.refused and not permissive(terms.licence):
             terms.refused = f"licence {terms.licence or 'unknown'}"
         return terms
 
@@ -358,24 +359,6 @@ def rcc_members(data):
     yield from walk(0, "")
 
 
-def jigsaw(board, members):
-    """The picture that a board of GCompris' puzzles is cut from, as the bytes of a PPM file: its pieces, put where the board says."""
-    text = members[board].decode()
-    width, height = (int(re.search(rf'"{side}" *: *(\d+)', text)[1]) for side in ("width", "height"))
-    folder = Path(board).parent.parent.as_posix()
-    canvas = Image.new("RGBA", (width, height))
-    for name, x, y in re.findall(r'"pixmapfile" *: *"([^"]*)",\s*"x" *: *"?([\d.]+)"?,\s*"y" *: *"?([\d.]+)', text):
-        piece = Image.open(io.BytesIO(members[f"{folder}/{name}"])).convert("RGBA")
-        at = (round(float(x) * width - piece.width / 2), round(float(y) * height - piece.height / 2))
-        layer = Image.new("RGBA", canvas.size)
-        layer.paste(piece, at)
-        canvas = Image.alpha_composite(canvas, layer)
-    box = canvas.getchannel("A").point(lambda a: 255 * (a > 127)).getbbox()
-    file = io.BytesIO()
-    canvas.crop([box[0] + 2, box[1] + 2, box[2] - 2, box[3] - 2]).convert("RGB").save(file, "PPM")
-    return file.getvalue()
-
-
 def picture_files(folder):
     """Every (path, function that gives the bytes) of an unpacked source, archives in it opened, in sorted order."""
     for root, folders, files in os.walk(folder):
@@ -389,12 +372,9 @@ def picture_files(folder):
             if lower.endswith(PICTURES):
                 yield path, file.read_bytes
             elif lower.endswith(".rcc"):
-                members = dict(rcc_members(file.read_bytes()))
-                for member, data in sorted(members.items()):
+                for member, data in sorted(rcc_members(file.read_bytes())):
                     if member.lower().endswith(PICTURES):
                         yield f"{path}/{member}", lambda data=data: data
-                    elif member.endswith(".qml") and b"SHAPE_BACKGROUND_IMAGE" in data:
-                        yield f"{path}/{member}", lambda board=member, members=members: jigsaw(board, members)
             elif lower.endswith(ZIPS) and zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as z:
                     for member in sorted(set(z.namelist())):
@@ -510,10 +490,12 @@ def collect(source):
     mark = WORK / "candidates" / f"{source.id}.key"
     if result.exists() and mark.exists() and mark.read_text() == source.key():
         return False
-    archives = download(source)
-    folder = WORK / "unpacked" / source.id
+    own = source.kind == "folder"
+    folder = Path(source.name) if own else WORK / "unpacked" / source.id
+    archives = None if own else download(source)
     try:
-        unpack(source, archives, folder)
+        if not own:
+            unpack(source, archives, folder)
         licences = Licences(source, folder)
         rows, tiles, hashes, thumbnails, rejected, seen = [], [], [], [], [], set()
         for path, read in choose(source, folder, licences, rejected):
@@ -555,7 +537,8 @@ def collect(source):
                 }
             )
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not own:
+            shutil.rmtree(folder, ignore_errors=True)
     with writing(WORK / "rejected" / f"{source.id}.csv") as part, part.open("w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows(sorted(rejected))
     empty = np.zeros((0, SIDE, SIDE, 3), np.uint8)
@@ -684,6 +667,11 @@ def hold_out(files):
 COLUMNS = ["source", "kind", "package", "version", "path", "licence", "author", "title", "width", "height", "tiles", "sha256", "group"]
 
 
+def manifest_of(sources):
+    """Of the packages it is committed; of one's own pictures it stays with them."""
+    return WORK / "manifest.csv" if any(s.kind == "folder" for s in sources) else HERE / "manifest.csv"
+
+
 def merge(sources):
     held_out = HeldOut()
     known_hashes, known_views, known_names = np.zeros((0, 64), bool), np.zeros((0, 256), np.float32), []
@@ -737,7 +725,7 @@ def merge(sources):
             old.unlink()
             old.with_suffix(".key").unlink(missing_ok=True)
     manifest.sort(key=lambda r: (r["source"], r["path"]))
-    with writing(HERE / "manifest.csv") as part, part.open("w", newline="") as f:
+    with writing(manifest_of(sources)) as part, part.open("w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(manifest)
@@ -794,11 +782,22 @@ def main():
     parser.add_argument("--merge-only", action="store_true", help="collect nothing, only apply heldout.toml and write the tiles")
     parser.add_argument("--hold-out", nargs="+", metavar="FILE", help="add pictures to heldout.toml")
     parser.add_argument("--discard-downloads", action="store_true", help="delete each archive after use")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="your own pictures, in place of the sources")
+    parser.add_argument("--work", type=Path, help="the working folder; for --folder it must be another than the default one")
     args = parser.parse_args()
+    if args.folder and (args.work is None or not args.folder.is_dir()):
+        parser.error("--folder needs a folder that is there, and --work for the results")
+    if args.work:
+        global WORK
+        WORK = args.work
     if args.hold_out:
         hold_out(args.hold_out)
         return 0
-    sources = read_sources()
+    if args.folder:
+        own = Source(kind="folder", name=str(args.folder.resolve()), version="", licence="own", group="photograph", id="own", any_name=True)
+        sources = [own]
+    else:
+        sources = read_sources()
     unknown = set(args.names) - {s.id for s in sources}
     if unknown:
         raise Failure(f"no source is called {', '.join(sorted(unknown))}")

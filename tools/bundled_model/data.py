@@ -1,7 +1,7 @@
 """The training pictures: tiles on disk, and random crops of them.
 
 `collect.py` writes `work/tiles/NAME.npy` (N x 288 x 288 x 3, uint8) and a row per picture in `manifest.csv`; a folder of one's own pictures
-becomes the same by `collect.py --folder`. One picture in forty is held out for validation, told by its checksum: adding sources moves
+becomes the same by `collect.py --folder`, with its manifest in the working folder. One picture in forty is held out for validation, told by its checksum: adding sources moves
 none from one side to the other.
 """
 
@@ -21,8 +21,9 @@ DRAWN = {"painting": 3.0, "photograph": 2.0, "drawing": 1.5, "texture": 1.0}
 class Tiles:
     """All tiles of the working folder, those held out apart."""
 
-    def __init__(self, work=HERE / "work", manifest=HERE / "manifest.csv"):
-        rows = {}
+    def __init__(self, work=HERE / "work"):
+        rows, manifest = {}, Path(work) / "manifest.csv"
+        manifest = manifest if manifest.exists() else HERE / "manifest.csv"
         with open(manifest, newline="") as f:
             for row in csv.DictReader(f):
                 rows.setdefault(row["source"], []).append(row)

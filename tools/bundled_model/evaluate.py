@@ -150,7 +150,7 @@ def mean(found, name):
 
 
 def judge():
-    held, folder = args.work / "heldout" / args.set, args.work / "evaluation" / args.name
+    held, folder = HERE / "work/heldout" / args.set, args.work / "evaluation" / args.name
     inputs = args.work / "evaluation" / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
     result = dict(name=args.name, set=args.set, flags=args.flags, **networks())
