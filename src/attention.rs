@@ -1,5 +1,9 @@
 //! The seam: a network calls its hook once per attention layer, and the hook computes the attention.
 
+mod product;
+
+pub(crate) use product::scaled_dot_product;
+
 use crate::{Error, Result};
 use tch::Tensor;
 
@@ -92,10 +96,6 @@ impl Qkv {
             scale: self.scale,
         }
     }
-}
-
-pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Option<f64>) -> Result<Tensor> {
-    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, false, scale, false)?)
 }
 
 /// Computes an attention layer's output; may record, replace, or stop.

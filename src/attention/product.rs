@@ -1,0 +1,131 @@
+//! `softmax(Q K^T * scale + mask) V` by libtorch's kernels, and where they leave something to gain.
+
+use crate::Result;
+use tch::Tensor;
+
+/// Shorter parts than this do not pay for themselves.
+const SHORTEST_PART: i64 = 128;
+
+pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Option<f64>) -> Result<Tensor> {
+    let ((batch, heads, queries, _), (_, _, keys, values)) = (q.size4()?, v.size4()?);
+    if keys == 1 && mask.is_none() {
+        // The softmax of one score is 1, whatever the query: nothing to compute, and no gradient to send to queries and keys.
+        return Ok(v.f_expand([batch, heads, queries, values], false)?);
+    }
+    let followed = [q, k, v].iter().any(|x| x.requires_grad());
+    if mask.is_none() && followed && q.device() == tch::Device::Cpu {
+        let parts = parts(batch * heads, queries, i64::from(tch::get_num_threads()));
+        if parts > 1 {
+            return in_parts(q, k, v, scale, parts);
+        }
+    }
+    plain(q, k, v, mask, scale)
+}
+
+fn plain(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Option<f64>) -> Result<Tensor> {
+    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, false, scale, false)?)
+}
+
+/// libtorch's backward pass on the CPU has a thread for each head of each picture and no more, so that one picture and one head keep one
+/// core busy. Queries do not see one another: cut into parts that pass for pictures, they give all cores the same amount of work.
+/// So many parts, the fewest with which no core has more than a tenth more to do than on average.
+fn parts(heads: i64, queries: i64, threads: i64) -> i64 {
+    let busy = |parts: i64| {
+        let tasks = heads.saturating_mul(parts);
+        let rounds = tasks.saturating_add(threads - 1) / threads.max(1);
+        // Tasks in the time of one task and one core, at best as many as there are cores.
+        10 * tasks >= 9 * rounds.saturating_mul(threads)
+    };
+    let possible = |parts: &i64| queries % parts == 0 && queries / parts >= SHORTEST_PART;
+    if threads <= 1 || heads < 1 || busy(1) {
+        return 1;
+    }
+    (2..=threads).filter(possible).find(|&parts| busy(parts)).unwrap_or_else(|| {
+        // Not even; the most there is, then, as long as cores are idle.
+        (2..=threads).filter(possible).filter(|parts| heads * parts <= threads).last().unwrap_or(1)
+    })
+}
+
+fn in_parts(q: &Tensor, k: &Tensor, v: &Tensor, scale: Option<f64>, parts: i64) -> Result<Tensor> {
+    let (batch, heads, queries, width) = q.size4()?;
+    let values = v.size4()?.3;
+    // (batch, heads, queries, width) to (batch * parts, heads, queries / parts, width); a view, as a network's layout is
+    // (batch, queries, heads, width).
+    let split = q.f_transpose(1, 2)?.f_reshape([batch * parts, queries / parts, heads, width])?.f_transpose(1, 2)?;
+    let shared = |x: &Tensor| -> Result<Tensor> { Ok(x.f_unsqueeze(1)?.f_expand([-1, parts, -1, -1, -1], false)?.f_flatten(0, 1)?) };
+    let output = plain(&split, &shared(k)?, &shared(v)?, None, scale)?;
+    Ok(output.f_transpose(1, 2)?.f_reshape([batch, queries, heads, values])?.f_transpose(1, 2)?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::disallowed_methods)]
+    use super::*;
+    use tch::{Device, Kind};
+
+    fn layer(batch: i64, heads: i64, queries: i64, keys: i64) -> [Tensor; 3] {
+        tch::set_num_threads(1);
+        tch::manual_seed(3);
+        let tensor = |tokens, width| Tensor::randn([batch, tokens, heads, width], (Kind::Float, Device::Cpu)).transpose(1, 2).set_requires_grad(true);
+        [tensor(queries, 40), tensor(keys, 40), tensor(keys, 24)]
+    }
+
+    fn gradients(qkv: &[Tensor; 3], output: &Tensor) -> Vec<Tensor> {
+        let weight = Tensor::linspace(-1, 1, output.numel() as i64, (Kind::Float, Device::Cpu)).view(output.size().as_slice());
+        Tensor::run_backward(&[(output * weight).sum(Kind::Float)], qkv, false, false)
+    }
+
+    #[test]
+    fn parts_give_what_the_whole_gives() {
+        for (batch, heads, queries, keys, parts) in [(1, 1, 512, 512, 2), (1, 3, 384, 100, 3), (2, 2, 256, 256, 4)] {
+            let qkv = layer(batch, heads, queries, keys);
+            let [q, k, v] = &qkv;
+            let (whole, cut) = (plain(q, k, v, None, Some(0.3)).unwrap(), in_parts(q, k, v, Some(0.3), parts).unwrap());
+            assert_eq!(whole.size(), cut.size());
+            // Sums over the parts round otherwise.
+            assert!(whole.allclose(&cut, 1e-5, 1e-6, false));
+            for (a, b) in gradients(&qkv, &whole).iter().zip(gradients(&qkv, &cut)) {
+                assert!(a.allclose(&b, 1e-4, 1e-6, false), "{}", (a - &b).abs().max());
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_queries_are_views() {
+        let [q, k, v] = layer(1, 1, 512, 64).map(|x| x.detach());
+        let split = q.transpose(1, 2).reshape([2, 256, 1, 40]);
+        assert_eq!(split.data_ptr(), q.data_ptr());
+        assert_eq!(in_parts(&q, &k, &v, None, 2).unwrap().size(), [1, 1, 512, 24]);
+    }
+
+    #[test]
+    fn one_key_is_its_value() {
+        let qkv = layer(2, 3, 16, 1);
+        let [q, k, v] = &qkv;
+        let output = scaled_dot_product(q, k, v, None, None).unwrap();
+        let expected = plain(q, k, v, None, None).unwrap();
+        assert!(output.allclose(&expected, 0.0, 1e-6, false));
+        let [ours, theirs] = [&output, &expected].map(|x| Tensor::run_backward(&[x.square().sum(Kind::Float)], &[v], false, false).remove(0));
+        assert!(ours.allclose(&theirs, 1e-5, 1e-5, false));
+        // A mask may forbid even the only key, which is for libtorch to answer.
+        let mask = Tensor::zeros([16, 1], (Kind::Float, Device::Cpu));
+        assert!(scaled_dot_product(q, k, v, Some(&mask), None).unwrap().allclose(&expected, 0.0, 1e-6, false));
+    }
+
+    #[test]
+    fn cores_are_kept_busy() {
+        // (heads of all pictures, queries, threads)
+        assert_eq!(parts(1, 4096, 1), 1);
+        assert_eq!(parts(1, 4096, 2), 2);
+        assert_eq!(parts(2, 1024, 2), 1);
+        assert_eq!(parts(8, 4096, 16), 2);
+        assert_eq!(parts(3, 4096, 2), 2);
+        assert_eq!(parts(20, 4096, 16), 4);
+        assert_eq!(parts(64, 4096, 16), 1);
+        // Too short to be cut, and what divides by nothing.
+        assert_eq!(parts(1, 200, 2), 1);
+        assert_eq!(parts(1, 4099, 2), 1);
+        // 3 does not divide; 2 of 3 cores are better than 1.
+        assert_eq!(parts(1, 1024, 3), 2);
+    }
+}
