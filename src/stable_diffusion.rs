@@ -222,8 +222,7 @@ impl StableDiffusion {
 
     /// Chooses which borders of its pictures meet, by default none: in the U-Net, the autoencoder, tiled or not, and
     /// the ControlNets. References are encoded the same way. A [`Control`] is to be made afterwards, as its picture is
-    /// embedded then. Not together with [`Windows`](crate::Windows), each of which would then meet itself, and not the canvas its
-    /// other border.
+    /// embedded then. An expansion by [`Windows`](crate::Windows) goes around: each window then has borders, and the canvas none.
     pub fn set_seamless(&mut self, seamless: Seamless) {
         self.seamless = seamless;
         self.unet.set_seamless(seamless);
@@ -360,5 +359,19 @@ impl Denoiser for StableDiffusion {
             return checkpointing::gradient(&self.unet, latents, &self.unet.timestep(timestep)?, condition, layers, value);
         }
         plain_gradient(self, latents, timestep, condition, layers, value)
+    }
+
+    fn seamless(&self) -> Seamless {
+        self.seamless
+    }
+
+    /// The autoencoder, which sees whole pictures, keeps its own.
+    fn with_borders(&self, meet: Seamless, passes: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let _restored = (self.unet.within_parts(meet), self.controlnets.iter().map(|net| net.within_parts(meet)).collect::<Vec<_>>());
+        passes()
+    }
+
+    fn condition_batch(&self, condition: &Condition) -> i64 {
+        condition.batch()
     }
 }
