@@ -4,7 +4,6 @@
 
 mod common;
 
-use attention_distillation::stable_diffusion::Seamless;
 use attention_distillation::{image, tch::Tensor, Distiller, GuidedSampler, Noise, Result, Settings};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
@@ -22,8 +21,8 @@ struct Flags {
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
     count: u16,
     /// Which borders of the result meet without a seam; the sheet then shows it laid 2x2
-    #[arg(long, value_enum, default_value_t = Tile::None)]
-    tile: Tile,
+    #[arg(long, value_enum, default_value_t = common::Tile::None)]
+    tile: common::Tile,
     /// With masks: start from noise and hold no content, instead of filling the target from the styles' regions
     #[arg(long, requires = "target_mask")]
     no_fill: bool,
@@ -37,14 +36,6 @@ struct Flags {
 enum Method {
     Optimise,
     Sample,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
-enum Tile {
-    None,
-    X,
-    Y,
-    Both,
 }
 
 fn main() -> ExitCode {
@@ -112,11 +103,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
     };
     common::save(&pictures, &files)?;
-    let shown = match flags.tile {
-        Tile::None => pictures,
-        _ => pictures.f_repeat([1, 1, 2, 2])?,
-    };
-    common::sheet(shared, &styles.iter().chain(&layout).collect::<Vec<_>>(), &[shown])?;
+    common::sheet(shared, &styles.iter().chain(&layout).collect::<Vec<_>>(), &[flags.tile.shown(pictures)?])?;
     Ok(files)
 }
 
@@ -133,17 +120,6 @@ impl Flags {
         match self.method {
             Method::Optimise => Settings::texture_synthesis(),
             Method::Sample => Settings::texture_by_sampling(),
-        }
-    }
-}
-
-impl Tile {
-    fn seamless(self) -> Seamless {
-        match self {
-            Self::None => Seamless::None,
-            Self::X => Seamless::X,
-            Self::Y => Seamless::Y,
-            Self::Both => Seamless::Both,
         }
     }
 }
