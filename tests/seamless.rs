@@ -273,7 +273,7 @@ fn an_optimised_texture_shows_no_seam() {
 }
 
 /// And expanded by windows, none of which is closed: the canvas is. Where copies meet it changes as where windows end inside.
-/// Measured: TODO
+/// Measured: 0.7 to 0.9 of the largest change there, 1.3 to 3.8 without; single lines differ a lot by chance.
 #[test]
 fn an_expansion_shows_no_seam() {
     let style = image::load(fixture("../../assets/pictures/style_harvest.png")).unwrap();
@@ -295,12 +295,12 @@ fn an_expansion_shows_no_seam() {
         model.set_tiling(Tiling::Always(Tiles { size: 16, overlap: 8 })).unwrap();
         for picture in [whole, model.decode(&latents).unwrap()] {
             // Shifted by a stride, a border between views inside is where the picture's borders were.
-            let shifted = |axis: i64, count: i64| (0..count).map(move |i| metrics::seam_ratio(&picture.roll(32 * i, axis)).unwrap());
-            let [x, y] = [shifted(3, 3).map(|ratio| ratio.x).collect::<Vec<_>>(), shifted(2, 4).map(|ratio| ratio.y).collect()];
+            let shifted = |axis: i64, count: i64| (0..count).map(|i| metrics::seam_ratio(&picture.roll(32 * i, axis)).unwrap()).collect::<Vec<_>>();
+            let [x, y] = [shifted(3, 3).iter().map(|ratio| ratio.x).collect::<Vec<_>>(), shifted(2, 4).iter().map(|ratio| ratio.y).collect()];
             println!("{seamless:?}: x {x:.2?}, y {y:.2?}");
             for (axis, meets, ratios) in [("x", seamless.x(), x), ("y", seamless.y(), y)] {
-                let inside = ratios[1..].iter().sum::<f64>() / (ratios.len() - 1) as f64;
-                if !(if meets { ratios[0] < 1.3 * inside } else { ratios[0] > 2.0 * inside }) {
+                let most = 1.2 * ratios[1..].iter().copied().fold(0.0, f64::max);
+                if meets != (ratios[0] < most) {
                     comparison.fail(format!("{seamless:?}, {axis}: {ratios:.2?}"));
                 }
             }
