@@ -4,7 +4,7 @@
 ///
 /// A network is set so ([`StableDiffusion::set_seamless`](crate::StableDiffusion)): along such an axis every convolution goes on at the other
 /// border (circular padding) where otherwise it sees zeros. Copies then meet best where a side is a multiple of what the U-Net's deepest
-/// layer sees as one place: of 64 pixels in Stable Diffusion. [`Windows`](crate::Windows) go around the canvas along such an axis, over
+/// layer sees as one place: of 64 pixels in Stable Diffusion 1.5. [`Windows`](crate::Windows) go around the canvas along such an axis, over
 /// any network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Seamless {
