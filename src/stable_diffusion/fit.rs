@@ -13,7 +13,7 @@ const ACTIVATIONS: i64 = 300;
 const CHECKPOINTED: i64 = 60;
 
 /// An expansion's canvas as latents (the sum of views and the steps before), and the picture while its tiles are joined and
-/// written, in f32 numbers per pixel.
+/// written, in f32 numbers per pixel. Measured on the bundled model, 10 from 1024x512 to 4096x512 pixels.
 const CANVAS: i64 = 12;
 
 impl StableDiffusion {
