@@ -27,6 +27,9 @@ struct Flags {
     /// Draw fresh noise for the style in each batch of windows, the authors' way, and not once in each step
     #[arg(long)]
     reference_per_batch: bool,
+    /// Which borders of the result meet without a seam; the sheet then shows it laid 2x2
+    #[arg(long, alias = "seamless", value_enum, default_value_t = common::Tile::None)]
+    tile: common::Tile,
     #[command(flatten)]
     regions: common::RegionFlags,
     #[command(flatten)]
@@ -50,6 +53,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     shared.warn_of_content_weight(false, "an expansion has no layout to keep, only regions");
 
     let mut model = common::open(shared)?;
+    model.set_seamless(flags.tile.seamless());
     let trained = model.unet().sample_size().map_or(Windows::default().size, |(height, width)| height.min(width));
     let windows = windows(flags.window.unwrap_or(trained));
     windows.check()?;
@@ -60,6 +64,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     // The canvas may be larger than what the network could take at once; a window may not.
     let size = model.vae().fit(settings.size.unwrap_or((512, 512)))?;
     let factor = model.vae().factor();
+    flags.tile.warn(size, factor * model.unet().factor());
     let side = windows.size.saturating_mul(factor);
     let window = model.fit((side.min(size.0), side.min(size.1)))?;
     let styles = common::scaled_to_area(&model, &styles, window)?;
@@ -67,6 +72,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     if let Some(regions) = &regions {
         references = regions.of(references, model.device())?;
     }
+    model.check_windows(&windows, size, &references)?;
 
     let mut extractor = model.extractor(size)?;
     extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
@@ -78,6 +84,6 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let mut run = run.with_settings(&settings)?.with_windows(windows);
     let (picture, _) = common::follow(&mut run, &model, shared, &files)?;
     common::save(&picture, &files)?;
-    common::sheet(shared, &styles.iter().collect::<Vec<_>>(), &[picture])?;
+    common::sheet(shared, &styles.iter().collect::<Vec<_>>(), &[flags.tile.shown(picture)?])?;
     Ok(files)
 }

@@ -4,7 +4,6 @@
 
 mod common;
 
-use attention_distillation::stable_diffusion::Seamless;
 use attention_distillation::{image, tch::Tensor, Distiller, GuidedSampler, Noise, Result, Settings};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
@@ -23,8 +22,8 @@ struct Flags {
     count: u16,
     /// Which borders of the result meet without a seam, best where a side is a multiple of what the network's deepest layer sees as
     /// one place, 64 pixels in Stable Diffusion 1.5; the sheet then shows it laid 2x2
-    #[arg(long, value_enum, default_value_t = Tile::None)]
-    tile: Tile,
+    #[arg(long, value_enum, default_value_t = common::Tile::None)]
+    tile: common::Tile,
     /// With masks: start from noise and hold no content, instead of filling the target from the styles' regions
     #[arg(long, requires = "target_mask")]
     no_fill: bool,
@@ -38,14 +37,6 @@ struct Flags {
 enum Method {
     Optimise,
     Sample,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
-enum Tile {
-    None,
-    X,
-    Y,
-    Both,
 }
 
 fn main() -> ExitCode {
@@ -115,11 +106,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
     };
     common::save(&pictures, &files)?;
-    let shown = match flags.tile {
-        Tile::None => pictures,
-        _ => pictures.f_repeat([1, 1, 2, 2])?,
-    };
-    common::sheet(shared, &styles.iter().chain(&layout).collect::<Vec<_>>(), &[shown])?;
+    common::sheet(shared, &styles.iter().chain(&layout).collect::<Vec<_>>(), &[flags.tile.shown(pictures)?])?;
     Ok(files)
 }
 
@@ -136,25 +123,6 @@ impl Flags {
         match self.method {
             Method::Optimise => Settings::texture_synthesis(),
             Method::Sample => Settings::texture_by_sampling(),
-        }
-    }
-}
-
-impl Tile {
-    /// Where a side does not end with a whole place of the deepest layer, its borders meet there within one.
-    fn warn(self, (height, width): (i64, i64), multiple: i64) {
-        let (x, y) = (self.seamless().x(), self.seamless().y());
-        if (x && width % multiple != 0) || (y && height % multiple != 0) {
-            tracing::warn!("{width}x{height} may show a slight seam: borders meet best where sides are multiples of {multiple} pixels");
-        }
-    }
-
-    fn seamless(self) -> Seamless {
-        match self {
-            Self::None => Seamless::None,
-            Self::X => Seamless::X,
-            Self::Y => Seamless::Y,
-            Self::Both => Seamless::Both,
         }
     }
 }

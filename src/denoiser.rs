@@ -1,7 +1,7 @@
 //! What another program's pipeline implements: one forward pass with a hook in it.
 
 use crate::scalar::WithNumber;
-use crate::{AttentionHook, Error, Features, PlainAttention, Result};
+use crate::{AttentionHook, Error, Features, PlainAttention, Result, Seamless};
 use std::ops::Range;
 use tch::Tensor;
 
@@ -51,6 +51,26 @@ pub trait Denoiser {
         value: &mut dyn FnMut(&Features) -> Result<Tensor>,
     ) -> Result<(Tensor, Tensor)> {
         plain_gradient(self, latents, timestep, condition, layers, value)
+    }
+
+    /// Which opposite borders of its pictures meet, by circular padding for one; by default none. [`Windows`](crate::Windows) then
+    /// make them meet on the whole canvas. Override it together with [`with_borders`](Self::with_borders).
+    fn seamless(&self) -> Seamless {
+        Seamless::None
+    }
+
+    /// Runs `passes`, once; in them borders meet along the axes of `meet` alone, which are some of [`seamless`](Self::seamless)'s:
+    /// their latents are windows, cut along all other axes. The default just runs them, as is right where no borders ever meet.
+    ///
+    /// # Errors
+    /// Those of `passes`.
+    fn with_borders(&self, _meet: Seamless, passes: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        passes()
+    }
+
+    /// How many latents a condition is for, one after the other; 1, the default, serves any batch.
+    fn condition_batch(&self, _condition: &Self::Condition) -> i64 {
+        1
     }
 }
 
@@ -148,6 +168,15 @@ macro_rules! by_pointer {
                 value: &mut dyn FnMut(&Features) -> Result<Tensor>,
             ) -> Result<(Tensor, Tensor)> {
                 (**self).gradient(latents, timestep, condition, layers, value)
+            }
+            fn seamless(&self) -> Seamless {
+                (**self).seamless()
+            }
+            fn with_borders(&self, meet: Seamless, passes: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+                (**self).with_borders(meet, passes)
+            }
+            fn condition_batch(&self, condition: &D::Condition) -> i64 {
+                (**self).condition_batch(condition)
             }
         }
     )*};

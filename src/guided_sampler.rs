@@ -30,7 +30,8 @@ use tch::Tensor;
 ///
 /// With [`windows`](Self::windows) a step makes the picture view by view (MultiDiffusion): all of the above is then done for
 /// each batch of views, and the picture is the mean of its views. One picture is made at a time: a condition has one prompt for
-/// each of a batch, and a batch is here one of views. Styles have a batch of 1; so has a content, which is cut as the canvas
+/// each of a batch, and a batch is here one of views: more than one is an error. So it is with styles and label maps, of which one
+/// serves all views, and with a content, which is cut as the canvas
 /// is where it has that size, or else serves every view whole. What a condition says of sizes (SDXL's time ids) is the
 /// caller's: give `StableDiffusion::guidance` and `extractor` the size of the whole picture, as `tools/reference` does. A
 /// condition that belongs to places of the picture, as a ControlNet's does, cannot be cut.
@@ -62,6 +63,8 @@ pub struct GuidedSampler<D: Denoiser, O = Adam> {
     pub latents: Tensor,
     /// Steps done.
     pub step: usize,
+    /// Whether the first latents are a picture's already.
+    edited: bool,
     soundness: Soundness,
 }
 
@@ -110,12 +113,14 @@ impl<D: Denoiser> GuidedSampler<D> {
             noise,
             latents,
             step: 0,
+            edited: false,
             soundness: Soundness::default(),
         }
     }
 
     /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate, scale of the guidance,
-    /// AdaIN, and the loss: the AD loss and, where there is a content among the references, a content loss of that weight.
+    /// AdaIN, and the loss: the AD loss and, where there is a content among the references, a content loss of that weight. Call it
+    /// first: the loss takes the place of the one before, as do the other fields.
     ///
     /// # Errors
     /// As [`Settings::check`].
@@ -144,7 +149,7 @@ impl<D: Denoiser> GuidedSampler<D> {
     /// width)`; it may also be the content, whose layout the content loss keeps.
     ///
     /// # Errors
-    /// A strength that leaves no step or is above 1; a picture of another shape; a run that has begun.
+    /// A strength that leaves no step or is above 1; a picture of another shape; a run that has begun, or is an edit already.
     pub fn edited(mut self, picture: &Tensor, strength: f64) -> Result<Self> {
         let timesteps = self.scheduler.timesteps();
         // 0.8 of 20 are 16, though their product in f64 may be a little more.
@@ -154,15 +159,16 @@ impl<D: Denoiser> GuidedSampler<D> {
         let Some(&timestep) = timestep else {
             return Err(Error::argument("strength", format!("{strength} of {} steps are none, or more than all; use 0.6 or so", timesteps.len())));
         };
-        if self.step != 0 {
-            return Err(Error::argument("step", format!("{} are done; edit with a new run, whose latents are noise", self.step)));
+        if self.step != 0 || self.edited {
+            let done = if self.edited { "the run is an edit already".to_owned() } else { format!("{} are done", self.step) };
+            return Err(Error::argument("step", format!("{done}; edit with a new run, whose latents are noise")));
         }
         let (size, noise) = (picture.size(), self.latents.size());
         if size.get(1..) != noise.get(1..) || !(size.first() == Some(&1) || size == noise) {
             return Err(Error::shape("edited picture", format!("{noise:?}, the run's, or a batch of 1"), size));
         }
         self.latents = tch::no_grad(|| self.scheduler.add_noise(&picture.f_expand_as(&self.latents)?, &self.latents, timestep))?;
-        self.step = first;
+        (self.step, self.edited) = (first, true);
         Ok(self)
     }
 }
@@ -184,6 +190,7 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
             noise,
             latents,
             step,
+            edited,
             soundness,
         } = self;
         GuidedSampler {
@@ -200,6 +207,7 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
             noise,
             latents,
             step,
+            edited,
             soundness,
         }
     }

@@ -69,7 +69,7 @@
 //! | ControlNet: residuals in the noise prediction alone | [`Control`](crate::stable_diffusion::Control), [`ControlNet`](crate::stable_diffusion::ControlNet) |
 //! | expansion to any size: MultiDiffusion's mean of overlapping views in each step | [`Windows`], [`GuidedSampler::with_windows`] |
 //! | layout-edited textures: SDEdit, `z <- sqrt(a) edited + sqrt(1 - a) n` | [`GuidedSampler::edited`] |
-//! | seamless tiles: convolutions that go on at the other border | [`Seamless`](crate::stable_diffusion::Seamless) |
+//! | seamless tiles: convolutions that go on at the other border, windows that go around | [`Seamless`], [`Windows::wrap`](Windows) |
 //! | improved decoding: the decoder tuned to the reference by L1 and Adam | [`DecoderTuning`](crate::stable_diffusion::DecoderTuning) |
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
@@ -118,6 +118,7 @@ mod progress;
 mod reference;
 mod scalar;
 mod scheduler;
+mod seamless;
 mod settings;
 mod soundness;
 mod tensor_file;
@@ -147,6 +148,7 @@ pub use optimizer::{Adam, AdamConfig, GradientDescent, Optimizer, OptimizerState
 pub use progress::Progress;
 pub use reference::{References, Style};
 pub use scheduler::{BetaSchedule, Ddim, DdimConfig, Prediction, Scheduler, Spacing};
+pub use seamless::Seamless;
 pub use settings::{Procedure, Settings, Task};
 #[cfg(feature = "stable-diffusion")]
 pub use stable_diffusion::StableDiffusion;

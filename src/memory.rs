@@ -4,14 +4,15 @@ use crate::{Error, Result};
 
 /// Refuses what needs more bytes than this machine has free, where the system tells. GPUs say so themselves.
 pub(crate) fn check(needed: i64, (height, width): (i64, i64)) -> Result<()> {
+    check_for(needed, &format!("{width}x{height}"), "choose a smaller one")
+}
+
+/// [`check`] of more than a picture.
+pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
     match available() {
         Some(free) if needed > free => {
             let gib = |bytes: i64| bytes as f64 / f64::from(1 << 30);
-            let reason = format!(
-                "{width}x{height} needs more than {:.1} GiB of memory, of which {:.1} GiB are free; choose a smaller one",
-                gib(needed),
-                gib(free)
-            );
+            let reason = format!("{what} needs more than {:.1} GiB of memory, of which {:.1} GiB are free; {advice}", gib(needed), gib(free));
             Err(Error::argument("size", reason))
         }
         _ => Ok(()),

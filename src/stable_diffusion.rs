@@ -11,6 +11,7 @@ mod control;
 mod controlnet;
 mod embedding;
 mod encoder;
+mod fit;
 mod guidance;
 #[cfg(feature = "hub")]
 pub mod hub;
@@ -40,9 +41,7 @@ pub use vae::{AutoencoderKl, DecoderTuning, Tiles, Tiling, TuningConfig, TuningP
 
 use crate::denoiser::plain_gradient;
 use crate::scalar::WithNumber;
-use crate::{
-    image, memory, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Features, Guidance, Noise, Result, Scheduler, Settings,
-};
+use crate::{image, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Features, Guidance, Noise, Result, Scheduler, Settings};
 use settings::FolderSettings;
 use std::{ops::Range, path::Path};
 use tch::{Device, Kind, Tensor};
@@ -50,13 +49,6 @@ use text::Text;
 
 /// How many of the last self-attention layers the paper uses.
 const LAST_LAYERS: usize = 6;
-
-/// A step holds the U-Net's activations for its backward pass: as much as this many of its first layer's. Measured on
-/// the bundled model, 3.7 kB per pixel from 128 to 512 px; deeper networks hold more.
-const ACTIVATIONS: i64 = 300;
-
-/// With gradient checkpointing: the layers' inputs, and one layer's own activations.
-const CHECKPOINTED: i64 = 60;
 
 /// U-Net, autoencoder, text encoders and schedule of one model.
 #[derive(Debug)]
@@ -180,26 +172,6 @@ impl StableDiffusion {
         count.saturating_sub(LAST_LAYERS)..count
     }
 
-    /// The largest size within `(height, width)` pixels that the networks can take.
-    ///
-    /// # Errors
-    /// A size that is empty, absurd, or beyond this machine's memory.
-    pub fn fit(&self, size: (i64, i64)) -> Result<(i64, i64)> {
-        self.fit_batch(1, size)
-    }
-
-    fn fit_batch(&self, batch: i64, size: (i64, i64)) -> Result<(i64, i64)> {
-        let (fit_height, fit_width) = self.vae.fit(size)?;
-        let factor = self.vae.factor();
-        let latents = (fit_height / factor).saturating_mul(fit_width / factor);
-        if self.device == Device::Cpu {
-            let activations = if self.checkpointing { CHECKPOINTED } else { ACTIVATIONS };
-            let bytes = self.unet.activation_bytes(latents.saturating_mul(batch)).saturating_mul(activations);
-            memory::check(bytes, (fit_height, fit_width))?;
-        }
-        Ok((fit_height, fit_width))
-    }
-
     /// When [`encode`](Self::encode) and [`decode`](Self::decode) cut pictures into tiles.
     pub fn tiling(&self) -> Tiling {
         self.tiling
@@ -222,8 +194,7 @@ impl StableDiffusion {
 
     /// Chooses which borders of its pictures meet, by default none: in the U-Net, the autoencoder, tiled or not, and
     /// the ControlNets. References are encoded the same way. A [`Control`] is to be made afterwards, as its picture is
-    /// embedded then. Not together with [`Windows`](crate::Windows), each of which would then meet itself, and not the canvas its
-    /// other border.
+    /// embedded then. An expansion by [`Windows`](crate::Windows) goes around: each window then has borders, and the canvas none.
     pub fn set_seamless(&mut self, seamless: Seamless) {
         self.seamless = seamless;
         self.unet.set_seamless(seamless);
@@ -360,5 +331,19 @@ impl Denoiser for StableDiffusion {
             return checkpointing::gradient(&self.unet, latents, &self.unet.timestep(timestep)?, condition, layers, value);
         }
         plain_gradient(self, latents, timestep, condition, layers, value)
+    }
+
+    fn seamless(&self) -> Seamless {
+        self.seamless
+    }
+
+    /// The autoencoder, which sees whole pictures, keeps its own.
+    fn with_borders(&self, meet: Seamless, passes: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let _restored = (self.unet.within_parts(meet), self.controlnets.iter().map(|net| net.within_parts(meet)).collect::<Vec<_>>());
+        passes()
+    }
+
+    fn condition_batch(&self, condition: &Condition) -> i64 {
+        condition.batch()
     }
 }

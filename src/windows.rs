@@ -2,11 +2,11 @@
 //! knows.
 
 use crate::scalar::number;
-use crate::{Error, LabelMap, Result};
-use std::iter::once;
+use crate::{Error, LabelMap, Result, Seamless};
 use tch::{Kind, Tensor};
 
-/// A part of the canvas, in latents.
+/// A part of the canvas, in latents. Where the windows [wrap](Windows::wrap), what would lie beyond the canvas goes on at its
+/// other border.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct View {
     /// Rows above it.
@@ -20,9 +20,37 @@ pub struct View {
 }
 
 impl View {
-    /// This part of `(batch, channels, height, width)`, without a copy.
+    /// This part of `(batch, channels, height, width)`, without a copy where it is in one piece.
     fn of(&self, latents: &Tensor) -> Result<Tensor> {
-        Ok(latents.f_narrow(2, self.top, self.height)?.f_narrow(3, self.left, self.width)?)
+        let (_, _, height, width) = latents.size4()?;
+        let rows = joined(latents, 2, pieces(self.top, self.height, height))?;
+        joined(&rows, 3, pieces(self.left, self.width, width))
+    }
+
+    /// Adds what belongs to it, `(1, channels, its height, its width)`.
+    fn add(&self, sum: &Tensor, latents: &Tensor) -> Result<()> {
+        let (_, _, height, width) = sum.size4()?;
+        for (y, top, rows) in pieces(self.top, self.height, height) {
+            for (x, left, columns) in pieces(self.left, self.width, width) {
+                let part = latents.f_narrow(2, y, rows)?.f_narrow(3, x, columns)?;
+                let _ = sum.f_narrow(2, top, rows)?.f_narrow(3, left, columns)?.f_add_(&part)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A stretch of a side, in one piece or, beyond its end, two: each with its beginning in the stretch, its place, and its length.
+fn pieces(start: i64, length: i64, side: i64) -> impl Iterator<Item = (i64, i64, i64)> {
+    let first = length.min(side - start);
+    [(0, start, first), (first, 0, length - first)].into_iter().filter(|(_, _, length)| *length > 0)
+}
+
+fn joined(latents: &Tensor, axis: i64, pieces: impl Iterator<Item = (i64, i64, i64)>) -> Result<Tensor> {
+    let parts = pieces.map(|(_, place, length)| Ok(latents.f_narrow(axis, place, length)?)).collect::<Result<Vec<_>>>()?;
+    match parts.as_slice() {
+        [whole] => Ok(whole.shallow_clone()),
+        parts => Ok(Tensor::f_cat(parts, axis)?),
     }
 }
 
@@ -31,8 +59,11 @@ impl View {
 /// defaults are the authors' for Stable Diffusion 1.5, but for [`reference_per_batch`](Self::reference_per_batch).
 ///
 /// Besides the canvas and a sum of its size, a step takes the memory of one batch of views, however large the canvas. Its
-/// time grows with the number of views: halving the stride makes four times as many, and seams fainter. Views do not go on at
-/// the canvas' other border: a model set seamless would close each view in itself.
+/// time grows with the number of views: halving the stride makes four times as many, and seams fainter.
+///
+/// Along axes that [`wrap`](Self::wrap), and those where the network's pictures are [seamless](crate::Denoiser::seamless), views go
+/// around the canvas, which becomes a tile. Borders of a view do not meet, as they do not on the canvas: only where one view is as
+/// long as the canvas, and the network seamless, the network itself closes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Windows {
@@ -49,11 +80,15 @@ pub struct Windows {
     /// less work, and with Adam, to which the scale of gradients is nothing, nothing but roundings depends on `batch`. The noise on
     /// a content is one for the whole canvas, so that views see the same where they overlap.
     pub reference_per_batch: bool,
+    /// Along which axes views go on at the canvas' other border, by default none. It works over any network, also where windows are
+    /// as long as the canvas: there are then at least two along that axis, which begin at different places. They are spread evenly,
+    /// at most a stride apart, so that the numbers of views which any two latents have along an axis differ by 1 at most.
+    pub wrap: Seamless,
 }
 
 impl Default for Windows {
     fn default() -> Self {
-        Self { size: 64, stride: 8, batch: 8, reference_per_batch: false }
+        Self { size: 64, stride: 8, batch: 8, reference_per_batch: false, wrap: Seamless::None }
     }
 }
 
@@ -75,6 +110,13 @@ impl Windows {
     #[must_use]
     pub fn with_reference_per_batch(mut self, on: bool) -> Self {
         self.reference_per_batch = on;
+        self
+    }
+
+    /// The same around the canvas along these axes.
+    #[must_use]
+    pub fn with_wrap(mut self, wrap: Seamless) -> Self {
+        self.wrap = wrap;
         self
     }
 
@@ -106,28 +148,44 @@ impl Windows {
             return Err(Error::argument("canvas", format!("{width}x{height} latents have no view; both sides must be at least 1")));
         }
         let windows = *self;
-        Ok(windows.starts(height).flat_map(move |top| {
-            windows.starts(width).map(move |left| View { top, left, height: windows.size.min(height), width: windows.size.min(width) })
+        Ok(windows.starts(height, windows.wrap.y()).flat_map(move |top| {
+            let lefts = windows.starts(width, windows.wrap.x());
+            lefts.map(move |left| View { top, left, height: windows.size.min(height), width: windows.size.min(width) })
         }))
     }
 
+    /// Over a network whose own pictures are seamless along some axes, on a canvas of `(height, width)` latents: such an axis wraps,
+    /// too, but where a window is as long as the canvas, there the network closes it. Also returns the latter axes.
+    pub(crate) fn over(mut self, network: Seamless, (height, width): (i64, i64)) -> (Self, Seamless) {
+        let closed = Seamless::of(network.x() && self.size >= width, network.y() && self.size >= height);
+        let wraps = |asked: bool, network: bool, closed: bool| (asked || network) && !closed;
+        self.wrap = Seamless::of(wraps(self.wrap.x(), network.x(), closed.x()), wraps(self.wrap.y(), network.y(), closed.y()));
+        (self, closed)
+    }
+
     /// Where windows begin along a side.
-    fn starts(&self, side: i64) -> impl Iterator<Item = i64> {
+    fn starts(&self, side: i64, wraps: bool) -> impl Iterator<Item = i64> {
+        let stride = self.stride.max(1);
+        let steps = |way: i64| way / stride + i64::from(way % stride != 0);
         let last = (side - self.size).max(0);
-        (0..last).step_by(usize::try_from(self.stride.max(1)).unwrap_or(usize::MAX)).chain(once(last))
+        let count = if wraps { steps(side).max(2).min(side) } else { steps(last) + 1 };
+        (0..count)
+            .map(move |i| if wraps { (i128::from(i) * i128::from(side) / i128::from(count)) as i64 } else { i.saturating_mul(stride).min(last) })
     }
 
     /// How many views have each latent, `(height, width)`, on the canvas' device: counted along the sides and multiplied,
     /// without asking the device or sending it anything.
     fn coverage(&self, canvas: &Tensor, (height, width): (i64, i64)) -> Result<Tensor> {
-        let along = |side: i64| {
+        let along = |side: i64, wraps: bool| {
             let count = Tensor::f_zeros([side], (Kind::Float, canvas.device()))?;
-            for start in self.starts(side) {
-                let _ = count.f_narrow(0, start, self.size.min(side))?.f_add_(&number(1.0)?)?;
+            for start in self.starts(side, wraps) {
+                for (_, place, length) in pieces(start, self.size.min(side), side) {
+                    let _ = count.f_narrow(0, place, length)?.f_add_(&number(1.0)?)?;
+                }
             }
             Ok::<_, Error>(count)
         };
-        Ok(along(height)?.f_unsqueeze(1)?.f_mul(&along(width)?)?)
+        Ok(along(height, self.wrap.y())?.f_unsqueeze(1)?.f_mul(&along(width, self.wrap.x())?)?)
     }
 }
 
@@ -160,7 +218,14 @@ impl Batch {
 
     /// The canvas' labels under each view.
     pub(crate) fn cut_labels(&self, labels: &LabelMap) -> Result<LabelMap> {
-        labels.crop(self.canvas, self.views.iter().map(|view| [view.top, view.left, view.height, view.width]))
+        let views = self.views.iter().map(|view| [view.top, view.left, view.height, view.width]);
+        let (height, width) = self.canvas;
+        let beyond = self.views.iter().map(|view| (view.top + view.height - height, view.left + view.width - width));
+        let beyond = beyond.fold((0, 0), |(y, x), (rows, columns)| (y.max(rows), x.max(columns)));
+        if beyond == (0, 0) {
+            return labels.crop(self.canvas, views);
+        }
+        labels.gone_on(self.canvas, beyond)?.crop((height + beyond.0, width + beyond.1), views)
     }
 }
 
@@ -170,14 +235,17 @@ pub(crate) struct Mean {
     sum: Tensor,
     windows: Windows,
     canvas: (i64, i64),
+    /// The axes along which the borders of each view meet.
+    pub(crate) closed: Seamless,
 }
 
 impl Mean {
-    /// For a canvas `(1, channels, height, width)` in f32; and its views, in batches that are made when they are asked for.
+    /// For a canvas `(1, channels, height, width)` in f32 and a network that is seamless so; and its views, in batches that are
+    /// made when they are asked for.
     ///
     /// # Errors
     /// As [`Windows::views`]; another number of axes; more than one picture.
-    pub(crate) fn new(windows: Windows, canvas: &Tensor) -> Result<(Self, impl Iterator<Item = Batch>)> {
+    pub(crate) fn new(windows: Windows, network: Seamless, canvas: &Tensor) -> Result<(Self, impl Iterator<Item = Batch>)> {
         let size = match canvas.size().as_slice() {
             &[1, _, height, width] => (height, width),
             _ => {
@@ -185,18 +253,19 @@ impl Mean {
                 return Err(Error::shape("latents", expected, canvas.size()));
             }
         };
+        let (windows, closed) = windows.over(network, size);
         let mut views = windows.views(size)?;
         let batches = std::iter::from_fn(move || {
             let views: Vec<View> = views.by_ref().take(windows.batch).collect();
             (!views.is_empty()).then_some(Batch { canvas: size, views })
         });
-        Ok((Self { sum: canvas.f_zeros_like()?, windows, canvas: size }, batches))
+        Ok((Self { sum: canvas.f_zeros_like()?, windows, canvas: size, closed }, batches))
     }
 
     /// What became of a batch.
     pub(crate) fn add(&mut self, batch: &Batch, latents: &Tensor) -> Result<()> {
         for (i, view) in (0..).zip(&batch.views) {
-            let _ = view.of(&self.sum)?.f_add_(&latents.f_narrow(0, i, 1)?)?;
+            view.add(&self.sum, &latents.f_narrow(0, i, 1)?)?;
         }
         Ok(())
     }

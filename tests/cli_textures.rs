@@ -339,10 +339,30 @@ fn expansions() {
         assert_eq!(size(&place.draw(&[&windows[..], &["--size", wanted]].concat(), &format!("{wanted}.png"))), expected);
     }
     let refuse = |flags: &[&str], words: &[&str]| drop(place.refused(&[bare, flags].concat(), words));
+    if fs::exists("/proc/meminfo").unwrap() {
+        // Each window at once: 130 TiB.
+        let flags = ["--steps", "1", "--style", "style.png", "--size", "8192x8192", "--stride", "1", "--view-batch", "1000000", "--window", "64"];
+        place.refused(&[&flags[..], &["--device", "cpu"]].concat(), &["8192x8192", "923521 windows", "GiB"]);
+    }
     refuse(&["--window", "8", "--stride", "9"], &["stride", "9", "1..=8"]);
     refuse(&["--window", "8", "--stride", "0"], &["stride", "0"]);
     refuse(&["--window", "0", "--stride", "1"], &["window size", "0"]);
     refuse(&["--view-batch", "0"], &["window batch", "0"]);
+}
+
+/// One border after the other: each flag another picture, and its sheet shows it laid 2x2.
+#[test]
+fn expansions_that_tile() {
+    let place = Place::of("texture_expansion");
+    let draw = |tile: &str, name: &str| place.draw(&[&EXPANSION[..], &["--tile", tile, "--sheet", "sheet.png"]].concat(), name);
+    let pictures = ["none", "x", "y", "both"].map(|tile| (tile, draw(tile, &format!("{tile}.png")), image::load(place.path("sheet.png")).unwrap()));
+    for (i, (tile, picture, sheet)) in pictures.iter().enumerate() {
+        assert!(pictures[..i].iter().all(|(_, other, _)| differ(picture, other) > 0.0), "{tile}");
+        assert_eq!(size(sheet).0, if *tile == "none" { 96 } else { 192 }, "{tile}");
+    }
+    assert_eq!(differ(&pictures[0].1, &place.draw(&EXPANSION, "plain.png")), 0.0);
+    assert_eq!(differ(&pictures[1].1, &place.draw(&[&EXPANSION[..], &["--seamless", "x"]].concat(), "seamless.png")), 0.0);
+    place.misused(&[&EXPANSION[..], &["--tile", "diagonal"]].concat(), &["--tile", "both"]);
 }
 
 #[test]

@@ -345,6 +345,11 @@ fn an_edit_takes_the_last_steps_from_the_noised_picture() {
     let mut begun = sampler(&toy, 8);
     begun.advance().unwrap();
     assert!(matches!(begun.edited(&picture, 0.5), Err(Error::Argument { argument: "step", .. })));
+    // With strength 1 no step is left out; a second edit would still take the noised picture for noise.
+    for strength in [1.0, 0.5] {
+        let edited = sampler(&toy, 8).edited(&picture, strength).unwrap();
+        assert!(matches!(edited.edited(&picture, 1.0), Err(Error::Argument { argument: "step", .. })));
+    }
 }
 
 #[test]

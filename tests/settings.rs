@@ -119,10 +119,10 @@ fn empty_and_absurd_sizes() {
 
 #[cfg(feature = "stable-diffusion")]
 mod fit {
-    use attention_distillation::{Error, Noise, StableDiffusion};
+    use attention_distillation::{Error, LabelMap, Noise, References, StableDiffusion, Windows};
     use std::path::PathBuf;
     use std::time::{Duration, Instant};
-    use tch::{Device, Kind};
+    use tch::{Device, Kind, Tensor};
 
     fn open(folder: &str) -> StableDiffusion {
         tch::set_num_threads(1);
@@ -181,14 +181,44 @@ mod fit {
         }
     }
 
+    fn free_gib() -> Option<i64> {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let free = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+        free.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<i64>().ok()).map(|kib| kib >> 20)
+    }
+
+    /// What an expansion needs is a batch of views, with what regions add to them: each refused size is one that fits but for
+    /// one thing.
+    #[test]
+    fn batches_of_windows_beyond_memory() {
+        let (model, size) = (tiny(), (4096, 4096));
+        let style = |side: i64| References::style(Tensor::zeros([1, 4, side, side], (Kind::Float, Device::Cpu)));
+        let labels = || LabelMap::new(&Tensor::zeros([1, 1, 4, 4], (Kind::Int64, Device::Cpu))).unwrap();
+        let windows = Windows::new(64, 8);
+        model.check_windows(&windows.with_batch(1), size, &style(512)).unwrap();
+        model.check_windows(&windows.with_batch(usize::MAX), (512, 512), &style(64)).unwrap();
+        model.check_windows(&windows, size, &style(64).with_labels(labels())).unwrap();
+        match free_gib() {
+            Some(gib) if gib < 48 => {
+                for (batch, references) in [(1000, style(64)), (8, style(512).with_labels(labels()))] {
+                    let error = model.check_windows(&windows.with_batch(batch), size, &references).unwrap_err().to_string();
+                    for words in ["4096x4096", &format!("batches of {batch} windows"), "GiB", "smaller batches"] {
+                        assert!(error.contains(words), "{error}");
+                    }
+                }
+            }
+            other => eprintln!("partly skipped: {other:?} GiB are free here, or the system does not tell"),
+        }
+        assert!(model.check_windows(&Windows::new(0, 1), size, &style(64)).is_err());
+        assert!(model.check_windows(&windows, (7, 64), &style(64)).is_err());
+    }
+
     /// The largest size that is not absurd: the bundled model's decoder holds far more than 16 channels of it in f32, so
     /// only a machine with more than 48 GiB free could say yes.
     #[test]
     fn beyond_memory() {
         let model = open("assets/mini");
-        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let free = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-        let free = free.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<i64>().ok()).map(|kib| kib >> 20);
+        let free = free_gib();
         match free {
             Some(gib) if gib < 48 => {
                 let message = refused(&model, (8192, 32_768));

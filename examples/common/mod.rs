@@ -7,6 +7,7 @@ mod model;
 mod progress;
 mod prompts;
 mod regions;
+mod tile;
 
 pub use control::ControlFlags;
 pub use flags::{size, Shared, Size};
@@ -14,6 +15,7 @@ pub use model::{folder, open};
 pub use progress::{follow, stop_on_ctrl_c, stopped};
 pub use prompts::PromptFlags;
 pub use regions::RegionFlags;
+pub use tile::Tile;
 
 use attention_distillation::{image, tch::Tensor, References, Result, Settings, StableDiffusion, Style};
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};

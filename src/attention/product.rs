@@ -40,10 +40,9 @@ fn parts(heads: i64, queries: i64, threads: i64) -> i64 {
     if threads <= 1 || heads < 1 || busy(1) {
         return 1;
     }
-    (2..=threads).filter(possible).find(|&parts| busy(parts)).unwrap_or_else(|| {
-        // Not even; the most there is, then, as long as cores are idle.
-        (2..=threads).filter(possible).filter(|parts| heads * parts <= threads).last().unwrap_or(1)
-    })
+    let even = (2..=threads).filter(possible).find(|&parts| busy(parts));
+    // Where none is, the most there is, as long as cores would be idle.
+    even.or_else(|| (2..=threads / heads).rev().find(possible)).unwrap_or(1)
 }
 
 fn in_parts(q: &Tensor, k: &Tensor, v: &Tensor, scale: Option<f64>, parts: i64) -> Result<Tensor> {

@@ -4,7 +4,7 @@ use super::GuidedSampler;
 use crate::optimizer::copy;
 use crate::scalar::WithNumber;
 use crate::windows::{Batch, Mean};
-use crate::{Denoiser, Error, Features, LabelMap, Noise, Optimizer, References, Result, Scheduler, Windows};
+use crate::{Denoiser, Error, FeatureExtractor, Features, Guidance, LabelMap, Noise, Optimizer, References, Result, Scheduler, TotalLoss, Windows};
 use tch::{Kind, Tensor};
 
 /// What descents are held to, at the timestep that they happen at; made by the first of them.
@@ -16,6 +16,22 @@ struct Targets {
     references: Option<(References<Features>, Option<Tensor>)>,
 }
 
+/// The parts of a run that a step reads, and those that it changes on its way.
+struct Step<'a, D: Denoiser, O> {
+    extractor: &'a FeatureExtractor<D>,
+    scheduler: &'a dyn Scheduler,
+    guidance: &'a Guidance<D::Condition>,
+    references: &'a References,
+    loss: &'a TotalLoss,
+    optimizer: &'a mut O,
+    noise: &'a mut Noise,
+    iterations: usize,
+    adain: bool,
+    start_time: f64,
+    index: usize,
+    timestep: f64,
+}
+
 impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
     /// Replaces the latents only when all went well.
     pub(super) fn one(&mut self, timestep: f64) -> Result<Option<Tensor>> {
@@ -24,54 +40,94 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
         }
         self.guidance.check()?;
         let before = self.latents.f_to_kind(Kind::Float)?;
+        let mut step = Step {
+            extractor: &self.extractor,
+            scheduler: self.scheduler.as_ref(),
+            guidance: &self.guidance,
+            references: &self.references,
+            loss: &self.loss,
+            optimizer: &mut self.optimizer,
+            noise: &mut self.noise,
+            iterations: self.iterations,
+            adain: self.adain,
+            start_time: self.start_time,
+            index: self.step,
+            timestep,
+        };
         let (after, loss) = match self.windows {
-            None => self.further(&before, timestep, None, &mut Targets::default())?,
-            Some(windows) => self.by_views(&before, timestep, windows)?,
+            None => step.further(&before, None, &mut Targets::default())?,
+            Some(windows) => step.by_views(&before, windows)?,
         };
         self.latents = self.soundness.judge(&self.latents, after, loss.as_ref(), self.step + 1, timestep)?;
         Ok(loss)
     }
+}
 
+impl<D: Denoiser, O: Optimizer> Step<'_, D, O> {
     /// MultiDiffusion: each view of the canvas for itself, then their mean; and the mean of their losses.
-    fn by_views(&mut self, canvas: &Tensor, timestep: f64, windows: Windows) -> Result<(Tensor, Option<Tensor>)> {
-        let (mut mean, batches) = Mean::new(windows, canvas)?;
-        let references =
-            self.references.styles.iter().map(|style| ("style", &style.of)).chain(self.references.content.iter().map(|of| ("content", of)));
-        for (name, of) in references {
-            // In a batch of as many views it would be taken for one each.
-            if of.size().first() != Some(&1) {
-                return Err(Error::shape(name, "a batch of 1, which serves all views", of.size()));
-            }
-        }
+    fn by_views(&mut self, canvas: &Tensor, windows: Windows) -> Result<(Tensor, Option<Tensor>)> {
+        self.check_serves_all_views()?;
+        let denoiser = &self.extractor.denoiser;
+        let (mut mean, mut batches) = Mean::new(windows, denoiser.seamless(), canvas)?;
         let mut targets = Targets::default();
         let (mut count, mut total) = (0, None);
-        for batch in batches {
-            if windows.reference_per_batch {
-                targets = Targets::default();
+        denoiser.with_borders(mean.closed, &mut || {
+            for batch in batches.by_ref() {
+                if windows.reference_per_batch {
+                    targets = Targets::default();
+                }
+                let (latents, loss) = self.further(&batch.cut(canvas)?, Some(&batch), &mut targets)?;
+                mean.add(&batch, &latents)?;
+                count += batch.len();
+                // A loss is itself a mean over its batch, and the last batch may be smaller.
+                let loss = loss.map(|loss| loss.times(batch.len() as f64)).transpose()?;
+                total = match (total.take(), loss) {
+                    (Some(total), Some(loss)) => Some(Tensor::f_add(&total, &loss)?),
+                    (_, loss) => loss,
+                };
             }
-            let (latents, loss) = self.further(&batch.cut(canvas)?, timestep, Some(&batch), &mut targets)?;
-            mean.add(&batch, &latents)?;
-            count += batch.len();
-            // A loss is itself a mean over its batch, and the last batch may be smaller.
-            let loss = loss.map(|loss| loss.times(batch.len() as f64)).transpose()?;
-            total = match (total, loss) {
-                (Some(total), Some(loss)) => Some(Tensor::f_add(&total, &loss)?),
-                (_, loss) => loss,
-            };
+            Ok(())
+        })?;
+        if count == 0 {
+            return Err(Error::argument("denoiser", "its `with_borders` did not run the passes that it was given"));
         }
         Ok((mean.finish()?, total.map(|total| total.over(count as f64)).transpose()?))
     }
 
+    /// In a batch of as many views, what there is several times would be taken for one each.
+    fn check_serves_all_views(&self) -> Result<()> {
+        let styles = &self.references.styles;
+        let clean = styles.iter().map(|style| ("style", &style.of)).chain(self.references.content.iter().map(|of| ("content", of)));
+        for (name, of) in clean {
+            if of.size().first() != Some(&1) {
+                return Err(Error::shape(name, "a batch of 1, which serves all views", of.size()));
+            }
+        }
+        for map in styles.iter().filter_map(|style| style.labels.as_ref()).chain(&self.references.labels) {
+            if map.batch()? != 1 {
+                return Err(Error::argument("labels", format!("are {} maps; views of one picture want one, for all of them", map.batch()?)));
+            }
+        }
+        let guidance = [("prompt", Some(&self.guidance.prompt)), ("negative prompt", self.guidance.active_negative())];
+        for (name, condition) in guidance.into_iter().chain([("null prompt", Some(&self.extractor.condition))]) {
+            let batch = condition.map_or(1, |condition| self.extractor.denoiser.condition_batch(condition));
+            if batch != 1 {
+                return Err(Error::argument(name, format!("is a batch of {batch}; windows make one picture, of one prompt, run after run")));
+            }
+        }
+        Ok(())
+    }
+
     /// Latents, whole or a batch of views, one timestep further; and the loss of the last iteration, where there is one.
-    fn further(&mut self, before: &Tensor, timestep: f64, views: Option<&Batch>, targets: &mut Targets) -> Result<(Tensor, Option<Tensor>)> {
+    fn further(&mut self, before: &Tensor, views: Option<&Batch>, targets: &mut Targets) -> Result<(Tensor, Option<Tensor>)> {
         let mut latents = tch::no_grad(|| {
-            let prediction = self.extractor.denoiser.forward_guided(before, timestep, &self.guidance)?;
-            self.scheduler.step(self.step, &prediction, before)
+            let prediction = self.extractor.denoiser.forward_guided(before, self.timestep, self.guidance)?;
+            self.scheduler.step(self.index, &prediction, before)
         })?;
-        if self.iterations == 0 || timestep >= self.start_time {
+        if self.iterations == 0 || self.timestep >= self.start_time {
             return Ok((latents, None));
         }
-        let next = self.scheduler.next_timestep(self.step);
+        let next = self.scheduler.next_timestep(self.index);
         let labels = match (&self.references.labels, views) {
             (Some(labels), Some(views)) => Some(views.cut_labels(labels)?),
             (labels, _) => labels.as_ref().map(LabelMap::shallow_clone),
@@ -96,18 +152,18 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
         self.optimizer.reset();
         let mut loss = None;
         for _ in 0..self.iterations {
-            loss = Some(self.extractor.descend(&mut latents, next, &references, &self.loss, &mut self.optimizer)?);
+            loss = Some(self.extractor.descend(&mut latents, next, &references, self.loss, self.optimizer)?);
         }
         Ok((latents, loss))
     }
 
     fn noised_styles(&mut self, timestep: f64) -> Result<References> {
-        self.references.try_map_styles(|clean| noised(self.scheduler.as_ref(), &mut self.noise, clean, timestep))
+        self.references.try_map_styles(|clean| noised(self.scheduler, self.noise, clean, timestep))
     }
 
     /// The styles' features and the content's latents; the noise of all is drawn before the first pass.
     fn noised_references(&mut self, timestep: f64) -> Result<(References<Features>, Option<Tensor>)> {
-        let mut all = self.references.try_map_counted(|clean| noised(self.scheduler.as_ref(), &mut self.noise, clean, timestep))?;
+        let mut all = self.references.try_map_counted(|clean| noised(self.scheduler, self.noise, clean, timestep))?;
         let content = all.content.take();
         Ok((self.extractor.references(&all, timestep)?, content))
     }

@@ -44,6 +44,15 @@ impl LabelMap {
         self.with_tensor(Tensor::f_cat(&parts, 0)?)
     }
 
+    /// A canvas that goes on at its other border, by so many rows and columns: its map, as [`crop`](Self::crop) scales that.
+    pub(crate) fn gone_on(&self, canvas: (i64, i64), (rows, columns): (i64, i64)) -> Result<Self> {
+        let (height, width) = self.size()?;
+        let scale = ((height + canvas.0 - 1) / canvas.0, (width + canvas.1 - 1) / canvas.1);
+        let whole = self.of_canvas(canvas, (scale.0 * canvas.0, scale.1 * canvas.1))?;
+        let taller = Tensor::f_cat(&[&whole, &whole.f_narrow(2, 0, rows * scale.0)?], 2)?;
+        self.with_tensor(Tensor::f_cat(&[&taller, &taller.f_narrow(3, 0, columns * scale.1)?], 3)?)
+    }
+
     /// The map in `size` pixels, kept for the next views of the same canvas.
     fn of_canvas(&self, canvas: (i64, i64), size: (i64, i64)) -> Result<Tensor> {
         let (height, width) = self.size()?;

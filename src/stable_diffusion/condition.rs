@@ -38,6 +38,12 @@ impl Condition {
         self
     }
 
+    /// For how many latents it is; 1 serves any batch.
+    pub(crate) fn batch(&self) -> i64 {
+        let tensors = std::iter::once(&self.text).chain(&self.pooled).chain(&self.time_ids);
+        tensors.filter_map(|tensor| tensor.size().first().copied()).chain(self.controls.iter().map(Control::batch)).max().unwrap_or(1)
+    }
+
     /// Whether both are handles on the same tensors, with controls that do the same.
     pub(crate) fn is(&self, other: &Self) -> bool {
         let same = |a: &Tensor, b: &Tensor| a.data_ptr() == b.data_ptr() && a.size() == b.size();

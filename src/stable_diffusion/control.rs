@@ -98,6 +98,11 @@ impl Control {
         settings(self) == settings(other) && self.hint.data_ptr() == other.hint.data_ptr() && self.hint.size() == other.hint.size()
     }
 
+    /// How many pictures it is of; 1 serves any batch.
+    pub(crate) fn batch(&self) -> i64 {
+        self.hint.size().first().copied().unwrap_or(1)
+    }
+
     /// For latents that are there twice, one batch after the other.
     pub(crate) fn doubled(&self) -> Result<Self> {
         let mut control = self.shallow_clone();

@@ -5,7 +5,7 @@ use super::config::Config;
 use super::control::check_strength;
 use super::encoder::{Encoder, Levels, Start};
 use super::layers::{Activation, Conv2d, Padding};
-use super::seamless::{Borders, Seamless};
+use super::seamless::{Borders, Restored, Seamless};
 use super::transformer::Pass;
 use super::weights::{Scope, Weights};
 use super::{Condition, UNet};
@@ -88,6 +88,11 @@ impl ControlNet {
     /// before keep their borders.
     pub fn set_seamless(&mut self, seamless: Seamless) {
         self.borders.set(seamless);
+    }
+
+    /// For windows of pictures, until the guard is dropped: borders meet along these axes at most.
+    pub(super) fn within_parts(&self, meet: Seamless) -> Restored<'_> {
+        self.borders.within_parts(!meet.x(), !meet.y())
     }
 
     /// A control picture `(1 or batch, 3, height, width)` with values 0 to 1, as [`residuals`](Self::residuals) takes it:

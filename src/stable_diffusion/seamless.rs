@@ -1,50 +1,12 @@
-//! Pictures whose opposite borders meet: tiles for floors, walls and cloth.
+//! Networks whose pictures' opposite borders meet, by circular padding.
 
+pub use crate::Seamless;
 use crate::{Error, Result};
 use std::sync::{
     atomic::{AtomicU8, Ordering},
     Arc,
 };
 use tch::Tensor;
-
-/// Which opposite borders of a picture meet, so that copies of it laid side by side show no seam.
-///
-/// Along such an axis every convolution goes on at the other border (circular padding) where otherwise it sees zeros. Copies meet
-/// best where a side is a multiple of what the U-Net's deepest layer sees as one place: of 64 pixels in Stable Diffusion
-/// 1.5 ([`AutoencoderKl::factor`](super::AutoencoderKl::factor) times [`UNet::factor`](super::UNet::factor)).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Seamless {
-    /// A picture with borders, as usual.
-    #[default]
-    None,
-    /// Left and right meet: copies can be laid in a row.
-    X,
-    /// Top and bottom meet: copies can be stacked.
-    Y,
-    /// All four: copies can fill a plane.
-    Both,
-}
-
-impl Seamless {
-    /// Whether left and right meet.
-    pub fn x(self) -> bool {
-        matches!(self, Self::X | Self::Both)
-    }
-
-    /// Whether top and bottom meet.
-    pub fn y(self) -> bool {
-        matches!(self, Self::Y | Self::Both)
-    }
-
-    fn of(x: bool, y: bool) -> Self {
-        match (x, y) {
-            (false, false) => Self::None,
-            (true, false) => Self::X,
-            (false, true) => Self::Y,
-            (true, true) => Self::Both,
-        }
-    }
-}
 
 /// The setting of one network, which its convolutions share: none can be forgotten.
 #[derive(Debug, Clone, Default)]

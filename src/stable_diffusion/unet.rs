@@ -5,7 +5,7 @@ use super::config::Config;
 use super::controlnet::Residuals;
 use super::encoder::{odd_kernel, Encoder, Levels, Start};
 use super::layers::{Activation, Conv2d, GroupNorm};
-use super::seamless::{Borders, Seamless};
+use super::seamless::{Borders, Restored, Seamless};
 use super::transformer::Pass;
 use super::weights::{Scope, Weights};
 use super::{guidance, Condition};
@@ -85,6 +85,11 @@ impl UNet {
     /// Which borders of a picture meet, by default none.
     pub fn set_seamless(&mut self, seamless: Seamless) {
         self.borders.set(seamless);
+    }
+
+    /// For windows of pictures, until the guard is dropped: borders meet along these axes at most.
+    pub(super) fn within_parts(&self, meet: Seamless) -> Restored<'_> {
+        self.borders.within_parts(!meet.x(), !meet.y())
     }
 
     /// How many self-attention layers it has: 16 in Stable Diffusion 1.5, 70 in SDXL.
@@ -192,6 +197,19 @@ impl Denoiser for UNet {
     /// Prompt and negative in one batch.
     fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<Condition>) -> Result<Tensor> {
         guidance::forward(self, latents, timestep, guidance)
+    }
+
+    fn seamless(&self) -> Seamless {
+        self.borders.get()
+    }
+
+    fn with_borders(&self, meet: Seamless, passes: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let _restored = self.within_parts(meet);
+        passes()
+    }
+
+    fn condition_batch(&self, condition: &Condition) -> i64 {
+        condition.batch()
     }
 }
 
