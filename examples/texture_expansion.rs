@@ -64,7 +64,6 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     // The canvas may be larger than what the network could take at once; a window may not.
     let size = model.vae().fit(settings.size.unwrap_or((512, 512)))?;
     let factor = model.vae().factor();
-    flags.tile.warn(size, factor * model.unet().factor());
     let side = windows.size.saturating_mul(factor);
     let window = model.fit((side.min(size.0), side.min(size.1)))?;
     let styles = common::scaled_to_area(&model, &styles, window)?;
