@@ -10,7 +10,7 @@ STYLE ?= assets/pictures/style_harvest.png
 FEATURE_SETS = "--no-default-features" "" "--features hub"
 
 .DEFAULT_GOAL := help
-.PHONY: help libtorch demo test lint doc bench fixtures clean
+.PHONY: help libtorch demo test lint doc bench reference fixtures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,10 @@ doc: libtorch ## the documentation
 
 bench: libtorch ## the benchmarks
 	$(CARGO) bench
+
+reference: ## whether diffusers loads what is saved; PYTHON needs the packages of tools/reference/requirements.txt
+	$(CARGO) build --release --example finetune_vae
+	$(PYTHON) tools/reference/check_saved_vae.py target/release/examples/finetune_vae
 
 fixtures: ## write tests/fixtures anew; PYTHON needs the packages of tools/reference/requirements.txt
 	$(PYTHON) tests/fixtures/make_fixtures.py

@@ -83,6 +83,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let mut run = run.with_settings(&settings)?.with_windows(windows);
     let (picture, _) = common::follow(&mut run, &model, shared, &files)?;
     common::save(&picture, &files)?;
-    common::sheet(shared, &styles.iter().collect::<Vec<_>>(), &[flags.tile.shown(picture)?])?;
+    let inputs = styles.iter().map(|input| flags.tile.beside(input)).collect::<Result<Vec<_>>>()?;
+    common::sheet(shared, &inputs.iter().collect::<Vec<_>>(), &[flags.tile.shown(picture)?])?;
     Ok(files)
 }

@@ -106,7 +106,8 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
     };
     common::save(&pictures, &files)?;
-    common::sheet(shared, &styles.iter().chain(&layout).collect::<Vec<_>>(), &[flags.tile.shown(pictures)?])?;
+    let inputs = styles.iter().chain(&layout).map(|input| flags.tile.beside(input)).collect::<Result<Vec<_>>>()?;
+    common::sheet(shared, &inputs.iter().collect::<Vec<_>>(), &[flags.tile.shown(pictures)?])?;
     Ok(files)
 }
 

@@ -118,7 +118,7 @@ impl LabelMap {
         Ok(Self { areas, labels: labels.into(), left_out: Arc::new([]), painted, identity: Identity::default() })
     }
 
-    /// The labels that occur, in ascending order. A part of a map has those of the whole.
+    /// The labels that occur, in ascending order. A part of a map, and one of fewer pixels, has those of the whole.
     pub fn labels(&self) -> &[i64] {
         &self.labels
     }
@@ -164,7 +164,7 @@ impl LabelMap {
         self.with(areas, self.identity.clone())
     }
 
-    /// On another device. Maps work on any: what a run needs of them is brought to the pictures' own once.
+    /// On another device. Maps work on any: what a run needs of them is brought to the pictures' own once, and once for each batch of views.
     ///
     /// # Errors
     /// libtorch's.

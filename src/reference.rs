@@ -99,7 +99,8 @@ pub struct References<T = Tensor> {
     pub content: Option<T>,
     /// Of the picture being made, whatever its size: one map for all of the batch, or one for each.
     pub labels: Option<LabelMap>,
-    /// Whether a label of the picture that no style has is no error: such places see every style as a whole.
+    /// Whether a label of the picture that no style has is no error: such places see every style as a whole. A style that has maps of
+    /// its own for each picture of a batch has what any of them has; a picture whose map lacks it sees every style there.
     pub allow_missing_labels: bool,
     /// What labels and weights come to, for these references and all that are made from them.
     pub(crate) memo: Memo,

@@ -2,10 +2,10 @@
 
 /// Which opposite borders of a picture meet, so that copies of it laid side by side show no seam.
 ///
-/// A network is set so ([`StableDiffusion::set_seamless`](crate::StableDiffusion)): along such an axis every convolution goes on at the other
-/// border (circular padding) where otherwise it sees zeros. Copies then meet best where a side is a multiple of what the U-Net's deepest
-/// layer sees as one place: of 64 pixels in Stable Diffusion 1.5 (its `AutoencoderKl::factor` times `UNet::factor`). [`Windows`](crate::Windows) go around the canvas along such an axis, over
-/// any network.
+/// A network is set so ([`StableDiffusion::set_seamless`](crate::StableDiffusion)): along such an axis every convolution goes on at
+/// the other border (circular padding) where otherwise it sees zeros. Copies then meet best where a side is a multiple of what the
+/// U-Net's deepest layer sees as one place: of 64 pixels in Stable Diffusion 1.5 (its `AutoencoderKl::factor` times `UNet::factor`).
+/// [`Windows`](crate::Windows) that are shorter go around the canvas along such an axis, over any network and in any size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Seamless {
     /// A picture with borders, as usual.

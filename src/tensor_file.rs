@@ -2,6 +2,7 @@
 
 use crate::{Error, Result};
 use safetensors::{tensor::TensorView, Dtype, SafeTensors};
+use std::io::Write;
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
@@ -98,7 +99,13 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
 pub(crate) fn write_all(files: &[(PathBuf, &[u8])]) -> Result<()> {
     let parts = files.iter().map(|(path, _)| temporary(path)).collect::<Result<Vec<_>>>()?;
     let each = || parts.iter().zip(files);
-    let written = each().try_for_each(|(part, (path, bytes))| std::fs::write(part, bytes).map_err(Error::io(path)));
+    // On the disk before it takes its place: a machine that stops in between leaves the old file or the new one.
+    let write = |part: &Path, bytes: &[u8]| {
+        let mut file = std::fs::File::create(part)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    let written = each().try_for_each(|(part, (path, bytes))| write(part, bytes).map_err(Error::io(path)));
     let renamed = written.and_then(|()| each().try_for_each(|(part, (path, _))| std::fs::rename(part, path).map_err(Error::io(path))));
     if renamed.is_err() {
         // Best effort: the error to report is the first one.

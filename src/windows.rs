@@ -41,12 +41,12 @@ impl View {
 }
 
 /// A stretch of a side, in one piece or, beyond its end, two: each with its beginning in the stretch, its place, and its length.
-fn pieces(start: i64, length: i64, side: i64) -> impl Iterator<Item = (i64, i64, i64)> {
+pub(crate) fn pieces(start: i64, length: i64, side: i64) -> impl Iterator<Item = (i64, i64, i64)> {
     let first = length.min(side - start);
     [(0, start, first), (first, 0, length - first)].into_iter().filter(|(_, _, length)| *length > 0)
 }
 
-fn joined(latents: &Tensor, axis: i64, pieces: impl Iterator<Item = (i64, i64, i64)>) -> Result<Tensor> {
+pub(crate) fn joined(latents: &Tensor, axis: i64, pieces: impl Iterator<Item = (i64, i64, i64)>) -> Result<Tensor> {
     let parts = pieces.map(|(_, place, length)| Ok(latents.f_narrow(axis, place, length)?)).collect::<Result<Vec<_>>>()?;
     match parts.as_slice() {
         [whole] => Ok(whole.shallow_clone()),
@@ -58,7 +58,8 @@ fn joined(latents: &Tensor, axis: i64, pieces: impl Iterator<Item = (i64, i64, i
 /// view, all of them cut from the canvas as it was, and then each latent is the mean of the views that have it. The
 /// defaults are the authors' for Stable Diffusion 1.5, but for [`reference_per_batch`](Self::reference_per_batch).
 ///
-/// Besides the canvas and a sum of its size, a step takes the memory of one batch of views, however large the canvas. Its
+/// The start of a large canvas is drawn by [`Noise::draw`](crate::Noise::draw) of its own shape: `StableDiffusion::noise` refuses what the
+/// network could not take whole. Besides the canvas and a sum of its size, a step takes the memory of one batch of views, however large the canvas. Its
 /// time grows with the number of views: halving the stride makes four times as many, and seams fainter.
 ///
 /// Along axes that [`wrap`](Self::wrap), and those where the network's pictures are [seamless](crate::Denoiser::seamless), views go
@@ -78,10 +79,10 @@ pub struct Windows {
     /// The noise on the references: `true` is the authors' way, new noise (and AdaIN's, where that is on) for each batch of views,
     /// and so a forward pass per style, too. `false`, the default, draws once in a step, where the first batch would, for all views:
     /// less work, and with Adam, to which the scale of gradients is nothing, nothing but roundings depends on `batch`. The noise on
-    /// a content is one for the whole canvas, so that views see the same where they overlap.
+    /// a content is then one for the whole canvas, too, so that views see the same where they overlap.
     pub reference_per_batch: bool,
     /// Along which axes views go on at the canvas' other border, by default none. It works over any network, also where windows are
-    /// as long as the canvas: there are then at least two along that axis, which begin at different places. They are spread evenly,
+    /// as long as the canvas: there are then at least two along that axis, which begin at different places (over a seamless network one). They are spread evenly,
     /// at most a stride apart, so that the numbers of views which any two latents have along an axis differ by 1 at most.
     pub wrap: Seamless,
 }
@@ -219,13 +220,7 @@ impl Batch {
     /// The canvas' labels under each view.
     pub(crate) fn cut_labels(&self, labels: &LabelMap) -> Result<LabelMap> {
         let views = self.views.iter().map(|view| [view.top, view.left, view.height, view.width]);
-        let (height, width) = self.canvas;
-        let beyond = self.views.iter().map(|view| (view.top + view.height - height, view.left + view.width - width));
-        let beyond = beyond.fold((0, 0), |(y, x), (rows, columns)| (y.max(rows), x.max(columns)));
-        if beyond == (0, 0) {
-            return labels.crop(self.canvas, views);
-        }
-        labels.gone_on(self.canvas, beyond)?.crop((height + beyond.0, width + beyond.1), views)
+        labels.crop_around(self.canvas, views)
     }
 }
 

@@ -65,7 +65,7 @@ fn gradients_agree_with_the_cpu() {
     }
 }
 
-/// Maps that stay on the CPU, and a weight: loss, gradient, AdaIN and views.
+/// Maps that stay on the CPU, and a weight: loss, gradient and AdaIN.
 #[test]
 fn regions_agree_with_the_cpu() {
     let Some(gpu) = gpu("regions_agree_with_the_cpu") else { return };

@@ -117,6 +117,14 @@ fn a_picture_becomes_clearer() {
     assert!((after + 10.0 * error.log10()).abs() < 1e-3);
 }
 
+/// Its attention has one place, where queries and keys have gradients of 0.
+#[test]
+fn a_picture_of_one_latent() {
+    let mut tuning = DecoderTuning::new(tiny(), &picture().narrow(2, 0, 8).narrow(3, 0, 8), epochs(2)).unwrap();
+    tuning.finish().unwrap();
+    assert_eq!(tuning.epoch(), 2);
+}
+
 /// The decoder alone moves, and nothing of it requires a gradient afterwards.
 #[test]
 fn only_the_decoder_learns() {

@@ -18,14 +18,17 @@ pub use regions::RegionFlags;
 pub use tile::Tile;
 
 use attention_distillation::{image, tch::Tensor, References, Result, Settings, StableDiffusion, Style};
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal, io::Write, path::PathBuf, process::ExitCode};
 
 /// Ends an example: the last lines on stdout are the paths that it wrote; an error is one line on stderr and status 1.
 pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
     match outcome {
         Ok(paths) => {
-            paths.iter().for_each(|path| println!("{}", path.display()));
-            ExitCode::SUCCESS
+            // `println!` would panic where the reader has gone, as `head` does.
+            match paths.iter().try_for_each(|path| writeln!(std::io::stdout(), "{}", path.display())) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            }
         }
         Err(error) => {
             // libtorch's messages may have several lines.

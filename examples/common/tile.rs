@@ -29,6 +29,14 @@ impl Tile {
         }
     }
 
+    /// An input beside it on the sheet, at the scale of one tile: with as much white below.
+    pub fn beside(self, input: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::None => Ok(input.shallow_clone()),
+            _ => Ok(Tensor::f_cat(&[input, &input.f_ones_like()?], 2)?),
+        }
+    }
+
     /// What a sheet shows: a tile laid 2x2.
     pub fn shown(self, pictures: Tensor) -> Result<Tensor> {
         match self {

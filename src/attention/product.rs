@@ -8,12 +8,14 @@ const SHORTEST_PART: i64 = 128;
 
 pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Option<f64>) -> Result<Tensor> {
     let ((batch, heads, queries, _), (_, _, keys, values)) = (q.size4()?, v.size4()?);
-    if keys == 1 && mask.is_none() {
-        // The softmax of one score is 1, whatever the query: nothing to compute, and no gradient to send to queries and keys.
+    if keys == 1 && mask.is_none() && !(q.requires_grad() && k.requires_grad()) {
+        // The softmax of one score is 1, whatever the query. Cross-attention to one token of a fixed text: nothing to compute, and
+        // gradients of 0. Who asks for the gradients of both may want to see these, as of weights that are trained.
         return Ok(v.f_expand([batch, heads, queries, values], false)?);
     }
     let followed = [q, k, v].iter().any(|x| x.requires_grad());
-    if mask.is_none() && followed && q.device() == tch::Device::Cpu {
+    let alike = [k, v].iter().all(|x| x.size().get(..2) == Some([batch, heads].as_slice()));
+    if mask.is_none() && followed && alike && q.device() == tch::Device::Cpu {
         let parts = parts(batch * heads, queries, i64::from(tch::get_num_threads()));
         if parts > 1 {
             return in_parts(q, k, v, scale, parts);
@@ -109,6 +111,9 @@ mod tests {
         assert!(output.allclose(&expected, 0.0, 1e-6, false));
         let [ours, theirs] = [&output, &expected].map(|x| Tensor::run_backward(&[x.square().sum(Kind::Float)], &[v], false, false).remove(0));
         assert!(ours.allclose(&theirs, 1e-5, 1e-5, false));
+        // Zeros and not nothing for who trains queries and keys.
+        let gradients = Tensor::run_backward(&[output.sum(Kind::Float)], &[q, k], false, false);
+        assert!(gradients.iter().all(|gradient| gradient.defined() && gradient.abs().max().double_value(&[]) < 1e-6));
         // A mask may forbid even the only key, which is for libtorch to answer.
         let mask = Tensor::zeros([16, 1], (Kind::Float, Device::Cpu));
         assert!(scaled_dot_product(q, k, v, Some(&mask), None).unwrap().allclose(&expected, 0.0, 1e-6, false));

@@ -234,12 +234,16 @@ fn missing<T>(target: &LabelMap, styles: &[&Style<T>], tables: &[Table]) -> Resu
     let maps = styles.iter().filter_map(|style| style.labels.as_ref()).map(|map| map.names(map.labels()));
     let theirs = maps.collect::<Vec<_>>().join("; ");
     let theirs = if theirs.is_empty() { String::new() } else { format!(" (styles have {theirs})") };
-    let advice = "add it to a style's labels, or let such places see every style by `References::allow_missing_labels`";
+    let advice = "add it to a style's labels, or give it a weight above 0 where one is 0, or let such places see every style by `References::allow_missing_labels`";
     Err(Error::argument("labels", format!("no style has label {} of the picture{theirs}; {advice}", target.names(&missing))))
 }
 
 /// Whether each label of the picture sees all styles alike, where each of them has one label at most.
 fn constant(tables: &[Table], rows: usize) -> bool {
+    // Tokens before a style's grid have the style's weight alone.
+    if tables.iter().flat_map(|table| &table.entries).any(|(_, _, weight)| *weight != 1.0) {
+        return false;
+    }
     let sums = tables.iter().map(|table| {
         let mut sums = vec![0.0; rows];
         for &(row, _, weight) in &table.entries {

@@ -1,6 +1,7 @@
 //! Parts of a map under views of its picture.
 
 use super::LabelMap;
+use crate::windows::{joined, pieces};
 use crate::{image, Error, Result};
 use std::sync::PoisonError;
 use tch::Tensor;
@@ -17,6 +18,16 @@ impl LabelMap {
     /// A batch of maps; no view; a view that is empty or beyond the canvas, or of another size than the first;
     /// a map that is much shorter than the canvas along one side, and much longer along the other.
     pub fn crop(&self, canvas: (i64, i64), views: impl IntoIterator<Item = [i64; 4]>) -> Result<Self> {
+        let inside = |start: i64, length: i64, side: i64| start >= 0 && length > 0 && start <= side - length;
+        self.parts(canvas, views, inside)
+    }
+
+    /// The same of a canvas whose borders meet: views may go on at the other one.
+    pub(crate) fn crop_around(&self, canvas: (i64, i64), views: impl IntoIterator<Item = [i64; 4]>) -> Result<Self> {
+        self.parts(canvas, views, |start, length, side| (0..side).contains(&start) && (1..=side).contains(&length))
+    }
+
+    fn parts(&self, canvas: (i64, i64), views: impl IntoIterator<Item = [i64; 4]>, inside: impl Fn(i64, i64, i64) -> bool) -> Result<Self> {
         image::check_size(canvas)?;
         if self.batch()? != 1 {
             return Err(Error::shape("labels", "(1, ..): views are of one picture", self.tensor().size()));
@@ -27,12 +38,12 @@ impl LabelMap {
         let whole = self.of_canvas(canvas, (scale.0 * canvas.0, scale.1 * canvas.1))?;
         let mut parts: Vec<Tensor> = vec![];
         for [top, left, height, width] in views {
-            let inside = |start: i64, length: i64, side: i64| start >= 0 && length > 0 && start <= side - length;
             if !(inside(top, height, canvas.0) && inside(left, width, canvas.1)) {
                 let view = format!("{height}x{width} at {top}, {left}");
                 return Err(Error::argument("view", format!("{view} is not within {}x{} latents", canvas.0, canvas.1)));
             }
-            let part = whole.f_narrow(2, top * scale.0, height * scale.0)?.f_narrow(3, left * scale.1, width * scale.1)?;
+            let rows = joined(&whole, 2, pieces(top * scale.0, height * scale.0, canvas.0 * scale.0))?;
+            let part = joined(&rows, 3, pieces(left * scale.1, width * scale.1, canvas.1 * scale.1))?;
             if let Some(first) = parts.first().filter(|first| first.size() != part.size()) {
                 return Err(Error::shape("view", format!("that of the first, {:?} in pixels of the map", first.size()), part.size()));
             }
@@ -42,15 +53,6 @@ impl LabelMap {
             return Err(Error::argument("views", "there are none"));
         }
         self.with_tensor(Tensor::f_cat(&parts, 0)?)
-    }
-
-    /// A canvas that goes on at its other border, by so many rows and columns: its map, as [`crop`](Self::crop) scales that.
-    pub(crate) fn gone_on(&self, canvas: (i64, i64), (rows, columns): (i64, i64)) -> Result<Self> {
-        let (height, width) = self.size()?;
-        let scale = ((height + canvas.0 - 1) / canvas.0, (width + canvas.1 - 1) / canvas.1);
-        let whole = self.of_canvas(canvas, (scale.0 * canvas.0, scale.1 * canvas.1))?;
-        let taller = Tensor::f_cat(&[&whole, &whole.f_narrow(2, 0, rows * scale.0)?], 2)?;
-        self.with_tensor(Tensor::f_cat(&[&taller, &taller.f_narrow(3, 0, columns * scale.1)?], 3)?)
     }
 
     /// The map in `size` pixels, kept for the next views of the same canvas.
@@ -73,6 +75,7 @@ impl LabelMap {
         match kept.as_ref() {
             Some((at, whole)) if *at == size => Ok(whole.shallow_clone()),
             _ => {
+                tracing::debug!(height = size.0, width = size.1, "labels are brought to a canvas");
                 let whole = self.at(size)?;
                 *kept = Some((size, whole.shallow_clone()));
                 Ok(whole)

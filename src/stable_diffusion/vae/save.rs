@@ -13,7 +13,7 @@ const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 impl AutoencoderKl {
     /// Writes a folder that [`open`](Self::open) and diffusers read: `config.json` as it was opened, and all weights under their
     /// own names, in the kind that they have here. A new folder appears whole or not at all; in one that holds an autoencoder
-    /// both files are first written under temporary names, then renamed.
+    /// both files are first written under temporary names, then renamed, one after the other: a new folder is the safer place.
     ///
     /// # Errors
     /// As [`check_writable`](Self::check_writable), [`Error::Io`] where there is no room.
