@@ -58,9 +58,9 @@ pub(crate) fn joined(latents: &Tensor, axis: i64, pieces: impl Iterator<Item = (
 /// view, all of them cut from the canvas as it was, and then each latent is the mean of the views that have it. The
 /// defaults are the authors' for Stable Diffusion 1.5, but for [`reference_per_batch`](Self::reference_per_batch).
 ///
-/// The start of a large canvas is drawn by [`Noise::draw`](crate::Noise::draw) of its own shape: `StableDiffusion::noise` refuses what the
-/// network could not take whole. Besides the canvas and a sum of its size, a step takes the memory of one batch of views, however large the canvas. Its
-/// time grows with the number of views: halving the stride makes four times as many, and seams fainter.
+/// The start of a large canvas is drawn by [`Noise::draw`](crate::Noise::draw), of its own shape: `StableDiffusion::noise`
+/// refuses what the network could not take whole. Besides the canvas and a sum of its size, a step takes the memory of one batch
+/// of views, however large the canvas. Its time grows with the number of views: halving the stride makes four times as many, and seams fainter.
 ///
 /// Along axes that [`wrap`](Self::wrap), and those where the network's pictures are [seamless](crate::Denoiser::seamless), views go
 /// around the canvas, which becomes a tile. Borders of a view do not meet, as they do not on the canvas: only where one view is as
@@ -82,8 +82,9 @@ pub struct Windows {
     /// a content is then one for the whole canvas, too, so that views see the same where they overlap.
     pub reference_per_batch: bool,
     /// Along which axes views go on at the canvas' other border, by default none. It works over any network, also where windows are
-    /// as long as the canvas: there are then at least two along that axis, which begin at different places (over a seamless network one). They are spread evenly,
-    /// at most a stride apart, so that the numbers of views which any two latents have along an axis differ by 1 at most.
+    /// as long as the canvas: there are then at least two along that axis, which begin at different places (over a seamless network
+    /// one). They are spread evenly, at most a stride apart, so that the numbers of views which any two latents have along an axis
+    /// differ by 1 at most.
     pub wrap: Seamless,
 }
 

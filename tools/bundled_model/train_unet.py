@@ -8,28 +8,19 @@ almost nothing to learn, it asks for the picture, which is where features of str
 since attention that is uniform at the start stays so for long.
 """
 
-import argparse
-
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from data import HERE, Tiles
 from denoising import Denoising, scheduler
 from optim import Muon
-from training import Run
+from training import Run, flags
 
-parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--steps", type=int, default=10000)
-parser.add_argument("--cooldown", type=int, default=3000)
-parser.add_argument("--lr", type=float, default=2e-3)
+parser = flags(__doc__, steps=10000, cooldown=3000, lr=2e-3, work=HERE / "work")
 parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
 parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
 parser.add_argument("--attention-width", type=float, default=2.0, help="factor on the first weights of queries and keys")
 parser.add_argument("--batch", type=float, default=1.0, help="factor on the batch size, which is for two cores")
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--device", default="cpu")
-parser.add_argument("--threads", type=int, default=1)
-parser.add_argument("--work", default=HERE / "work", type=type(HERE))
 parser.add_argument("--name", default="unet")
 args = parser.parse_args()
 torch.set_num_threads(args.threads)

@@ -5,10 +5,8 @@
     python3 train_vae.py [--device cuda]      # work/vae: goes on where it was stopped
 
 The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
-noisy latents takes it for such. Half of the batches are nearly without, so that sharpness does not suffer more than need be.
+noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
 """
-
-import argparse
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +15,12 @@ from diffusers import AutoencoderKL
 import autoencoder
 from data import HERE, Tiles
 from optim import Muon
-from training import Run
+from training import Run, flags
 
-parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+parser = flags(__doc__, steps=6000, cooldown=2400, lr=1.5e-3, work=HERE / "work")
 parser.add_argument("--init", action="store_true", help="only write the linear start")
-parser.add_argument("--steps", type=int, default=6000)
-parser.add_argument("--cooldown", type=int, default=2400)
-parser.add_argument("--lr", type=float, default=1.5e-3)
 parser.add_argument("--noise", type=float, default=0.4, help="largest deviation of the noise on latents, whose own is 1")
 parser.add_argument("--random-weight", type=float, default=0.1, help="weight of the loss on random features")
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--device", default="cpu")
-parser.add_argument("--threads", type=int, default=1)
-parser.add_argument("--work", default=HERE / "work", type=type(HERE))
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
 

@@ -1,5 +1,6 @@
 """What both trainings share: a schedule, an average of the weights, a log, and checkpoints that survive a kill."""
 
+import argparse
 import json
 import os
 import signal
@@ -8,6 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+
+def flags(doc, steps, cooldown, lr, work):
+    """The flags that both trainings have; the argument is the script's own docstring, whose first line explains it."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--cooldown", type=int, default=cooldown, help="the last steps, in which the learning rate goes to nothing")
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=work)
+    return parser
 
 
 class Run:
