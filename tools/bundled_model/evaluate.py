@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
@@ -34,8 +35,10 @@ parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
 parser.add_argument("--pairs", type=int, default=144, help="of content and style, in all")
 parser.add_argument("--textures", type=int, default=12)
 parser.add_argument("--flags", default="", help="for style_transfer, such as '--content-weight 0.15'")
+parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="pictures made at the same time, with one thread each")
 parser.add_argument("--binaries", type=Path, default=HERE / "../../target/release/examples")
 parser.add_argument("--work", type=Path, default=HERE / "work")
+parser.add_argument("--no-networks", action="store_true", help="pictures only")
 parser.add_argument("--table", action="store_true")
 args = parser.parse_args()
 
@@ -43,7 +46,7 @@ args = parser.parse_args()
 def run(example, *flags):
     command = [args.binaries / example, *map(str, flags)]
     libraries = os.pathsep.join(filter(None, [str(HERE / "../../.libtorch/torch/lib"), os.environ.get("LD_LIBRARY_PATH")]))
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "LD_LIBRARY_PATH": libraries}
+    environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", **os.environ, "LD_LIBRARY_PATH": libraries}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}: {done.stderr.strip()[-500:]}")
@@ -86,44 +89,58 @@ def sheet(rows, path, side=96):
     picture.save(path)
 
 
+def each(judged, made):
+    """Results of `made(item)` for a list of (file of the result, item): what was judged before is read, the rest made several at a time."""
+
+    def one(pair):
+        file, item = pair
+        if not file.exists():
+            result = json.dumps(made(*item))
+            file.with_suffix(".new").write_text(result)
+            file.with_suffix(".new").replace(file)
+        return json.loads(file.read_text())
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return list(pool.map(one, judged))
+
+
+def transfer(content, style, output, side):
+    run("style_transfer", "--model", args.model, "--content", content, "--style", style, "--size", f"{side}x{side}", "--output", output, *args.flags.split())
+    before = metrics("--result", content, "--style", style)
+    after = metrics("--result", output, "--style", style, "--content", content)
+    return dict(patches=patches(after) / patches(before), colours=after["colour_distance"] / before["colour_distance"], structure=after["ms_ssim"])
+
+
 def transfers(held, folder, inputs, side):
     contents, styles = (sorted((held / role).glob("*.png")) for role in ("content", "style"))
-    found, rows = [], []
+    rows = []
     for content, style in pairs(contents, styles):
         content, style = fitted(content, side, inputs), fitted(style, side, inputs)
-        output = folder / f"{content.stem}__{style.stem}.png"
-        judged = output.with_suffix(".json")
-        if not judged.exists():
-            run("style_transfer", "--model", args.model, "--content", content, "--style", style, "--size", f"{side}x{side}", "--output", output, *args.flags.split())
-            before = metrics("--result", content, "--style", style)
-            after = metrics("--result", output, "--style", style, "--content", content)
-            numbers = dict(patches=patches(after) / patches(before), colours=after["colour_distance"] / before["colour_distance"], structure=after["ms_ssim"])
-            judged.write_text(json.dumps(numbers))
-        found.append(json.loads(judged.read_text()))
-        rows.append((content, style, output))
+        rows.append((content, style, folder / f"{content.stem}__{style.stem}.png"))
+    found = each([(row[2].with_suffix(".json"), (*row, side)) for row in rows], transfer)
     if rows:
         sheet(rows, folder / f"transfers_{side}.png")
     return found
 
 
+def texture(source, other, output):
+    run("texture_synthesis", "--model", args.model, "--style", source, "--method", "sample", "--size", "256x256", "--output", output)
+    natural, made = (patches(metrics("--result", result, "--style", source)) for result in (other, output))
+    return dict(natural=natural, made=made, ratio=made / natural)
+
+
 def textures(held, folder, inputs):
-    found, rows = [], []
+    rows = []
     for picture in sorted((held / "texture").glob("*.png"))[: args.textures]:
         source, other = (inputs / f"crop_{name}_{picture.stem}.png" for name in ("a", "b"))
         if not other.exists():
             whole = Image.open(picture).convert("RGB")
             whole.crop((0, 0, 256, 256)).save(source)
             whole.crop((whole.width - 256, whole.height - 256, whole.width, whole.height)).save(other)
-        output = folder / f"texture_{picture.stem}.png"
-        judged = output.with_suffix(".json")
-        if not judged.exists():
-            run("texture_synthesis", "--model", args.model, "--style", source, "--method", "sample", "--size", "256x256", "--output", output)
-            natural, made = (patches(metrics("--result", result, "--style", source)) for result in (other, output))
-            judged.write_text(json.dumps(dict(natural=natural, made=made, ratio=made / natural)))
-        found.append(json.loads(judged.read_text()))
-        rows.append((source, output))
+        rows.append((source, other, folder / f"texture_{picture.stem}.png"))
+    found = each([(row[2].with_suffix(".json"), row) for row in rows], texture)
     if rows:
-        sheet(rows, folder / "textures.png")
+        sheet([(source, output) for source, _, output in rows], folder / "textures.png")
     return found
 
 
@@ -153,7 +170,7 @@ def judge():
     held, folder = HERE / "work/heldout" / args.set, args.work / "evaluation" / args.name
     inputs = args.work / "evaluation" / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
-    result = dict(name=args.name, set=args.set, flags=args.flags, **networks())
+    result = dict(name=args.name, set=args.set, flags=args.flags, **({} if args.no_networks else networks()))
     for side in args.sizes:
         found = transfers(held, folder, inputs, side)
         result[f"transfers_{side}"] = dict(pairs=len(found), **{name: mean(found, name) for name in ("patches", "colours", "structure")})
@@ -171,7 +188,7 @@ def table():
     print("| " + " | ".join(head) + " |")
     print("|---" + "|--:" * (len(head) - 1) + "|")
     for r in results:
-        cells = [r["name"], r["psnr"], r["v"], " ".join(map(str, r["v_quarters"]))]
+        cells = [r["name"], r.get("psnr", ""), r.get("v", ""), " ".join(map(str, r.get("v_quarters", [])))]
         cells += [r.get(name, {}).get(what, "") for name in sizes for what in ("patches", "colours", "structure")] + [r["textures"]["ratio"]]
         print("| " + " | ".join(map(str, cells)) + " |")
 
