@@ -73,14 +73,14 @@ fn losses(c: &mut Criterion) {
     tch::manual_seed(0);
     for (model, shapes) in MODELS {
         let layers = Layers { shapes, options: (kind, device) };
-        bench(c, &format!("AD loss, {model}"), &layers, None, &AdLoss::default(), |layer| &layer.output);
+        bench(c, &format!("AD loss, {model}"), &layers, None, &AdLoss::default(), |layer| layer.output().unwrap());
         // Four areas, one above the other.
         let rows = Tensor::from_slice(&[0_i64, 1, 2, 3]).view([1, 1, 4, 1]);
         let hard = LabelMap::new(&rows).unwrap().resized((512, 512)).unwrap().to_device(device).unwrap();
-        bench(c, &format!("AD loss with labels, {model}"), &layers, Some(hard), &AdLoss::default(), |layer| &layer.output);
+        bench(c, &format!("AD loss with labels, {model}"), &layers, Some(hard), &AdLoss::default(), |layer| layer.output().unwrap());
         let shares = rows.eq_tensor(&rows.view([1, 4, 1, 1])).to_kind(Kind::Float).expand([1, 4, 4, 512], false);
         let soft = LabelMap::soft(&shares).unwrap().resized((512, 512)).unwrap().to_device(device).unwrap();
-        bench(c, &format!("AD loss with soft labels, {model}"), &layers, Some(soft), &AdLoss::default(), |layer| &layer.output);
+        bench(c, &format!("AD loss with soft labels, {model}"), &layers, Some(soft), &AdLoss::default(), |layer| layer.output().unwrap());
         bench(c, &format!("content loss, {model}"), &layers, None, &ContentLoss, |layer| &layer.query);
     }
 }

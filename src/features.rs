@@ -1,6 +1,7 @@
 //! What a network sees in a picture: Q, K, V and output of some of its self-attention layers.
 
-use crate::{AttentionHook, AttentionKind, AttentionSite, Denoiser, Error, PlainAttention, Qkv, Result};
+use crate::{attention::scaled_dot_product, AttentionHook, AttentionKind, AttentionSite, Denoiser, Error, PlainAttention, Qkv, Result};
+use std::cell::OnceCell;
 use std::ops::Range;
 use tch::Tensor;
 
@@ -17,15 +18,29 @@ pub struct LayerFeatures {
     pub key: Tensor,
     /// V.
     pub value: Tensor,
-    /// `Attn(Q, K, V)`, before heads are merged and projected.
-    pub output: Tensor,
     /// The network's own scale of the scores; none is `1 / sqrt(head_dim)`.
     pub scale: Option<f64>,
+    output: OnceCell<Tensor>,
 }
 
 impl LayerFeatures {
+    /// `Attn(Q, K, V)`, before heads are merged and projected. That of a reference's last layer, which the losses of the paper do not
+    /// look at, is computed when it is first asked for.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn output(&self) -> Result<&Tensor> {
+        if let Some(output) = self.output.get() {
+            return Ok(output);
+        }
+        let output = scaled_dot_product(&self.query, &self.key, &self.value, None, self.scale)?;
+        Ok(self.output.get_or_init(|| output))
+    }
+
     fn try_map(&self, f: &mut impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        Ok(Self { query: f(&self.query)?, key: f(&self.key)?, value: f(&self.value)?, output: f(&self.output)?, ..*self })
+        let (query, key, value) = (f(&self.query)?, f(&self.key)?, f(&self.value)?);
+        let output = self.output.get().map(f).transpose()?.map_or_else(OnceCell::new, OnceCell::from);
+        Ok(Self { site: self.site, query, key, value, scale: self.scale, output })
     }
 }
 
@@ -52,6 +67,20 @@ impl Features {
         recorder.after(outcome)
     }
 
+    /// The same of a reference: the last layer's output is left for whoever asks.
+    pub(crate) fn of_reference<D: Denoiser + ?Sized>(
+        denoiser: &D,
+        latents: &Tensor,
+        timestep: f64,
+        condition: &D::Condition,
+        layers: Range<usize>,
+    ) -> Result<Self> {
+        check_layers(&layers)?;
+        let mut recorder = FeatureRecorder { ends_before_output: true, ..FeatureRecorder::new(layers) };
+        let outcome = denoiser.forward(latents, timestep, condition, &mut recorder);
+        recorder.after(outcome)
+    }
+
     /// In execution order.
     pub fn layers(&self) -> impl ExactSizeIterator<Item = &LayerFeatures> {
         self.0.iter()
@@ -60,6 +89,11 @@ impl Features {
     /// The layer recorded at this place of the network.
     pub fn at(&self, site: &AttentionSite) -> Option<&LayerFeatures> {
         self.0.iter().find(|layer| layer.site.index == site.index && layer.site.kind == site.kind)
+    }
+
+    /// All tensors that are there.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.0.iter().flat_map(|layer| [&layer.query, &layer.key, &layer.value].into_iter().chain(layer.output.get()))
     }
 
     /// How many layers.
@@ -72,7 +106,8 @@ impl Features {
         self.0.is_empty()
     }
 
-    /// Each tensor through `f`: to another device, into storage of its own, a slice of the batch.
+    /// Each tensor through `f`: to another device, into storage of its own, a slice of the batch. An output that is not
+    /// [computed yet](LayerFeatures::output) will be that of the new queries, keys and values.
     ///
     /// # Errors
     /// Those of `f`.
@@ -95,11 +130,12 @@ impl Features {
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
         let twin = |layer: &LayerFeatures| LayerFeatures {
+            site: layer.site,
             query: layer.query.shallow_clone(),
             key: layer.key.shallow_clone(),
             value: layer.value.shallow_clone(),
-            output: layer.output.shallow_clone(),
-            ..*layer
+            scale: layer.scale,
+            output: layer.output.get().map(Tensor::shallow_clone).map_or_else(OnceCell::new, OnceCell::from),
         };
         Self(self.0.iter().map(twin).collect())
     }
@@ -119,20 +155,23 @@ pub struct FeatureRecorder<H = PlainAttention> {
     features: Features,
     /// Self-attention layers that came by so far.
     network: usize,
+    /// Whether the last layer's output is left to be computed by whoever asks.
+    ends_before_output: bool,
     inner: H,
 }
 
 impl FeatureRecorder {
     /// For layers counted in execution order from 0.
     pub fn new(layers: Range<usize>) -> Self {
-        Self { layers, features: Features::default(), network: 0, inner: PlainAttention }
+        Self { layers, features: Features::default(), network: 0, ends_before_output: false, inner: PlainAttention }
     }
 }
 
 impl<H> FeatureRecorder<H> {
     /// Lets another hook compute the attention that is recorded.
     pub fn around<I: AttentionHook>(self, inner: I) -> FeatureRecorder<I> {
-        FeatureRecorder { layers: self.layers, features: self.features, network: self.network, inner }
+        let Self { layers, features, network, ends_before_output, inner: _ } = self;
+        FeatureRecorder { layers, features, network, ends_before_output, inner }
     }
 
     /// Whether all layers of the range were recorded.
@@ -186,8 +225,13 @@ impl<H: AttentionHook> AttentionHook for FeatureRecorder<H> {
         }
         let (query, key, value) = (qkv.query.shallow_clone(), qkv.key.shallow_clone(), qkv.value.shallow_clone());
         let scale = qkv.scale;
+        let last = self.features.len() + 1 == self.layers.len();
+        if last && self.ends_before_output && qkv.mask.is_none() {
+            self.features.0.push(LayerFeatures { site: *site, query, key, value, scale, output: OnceCell::new() });
+            return Err(Error::Stopped);
+        }
         let output = self.inner.attend(site, qkv)?;
-        self.features.0.push(LayerFeatures { site: *site, query, key, value, output: output.shallow_clone(), scale });
+        self.features.0.push(LayerFeatures { site: *site, query, key, value, scale, output: OnceCell::from(output.shallow_clone()) });
         if self.is_complete() {
             Err(Error::Stopped)
         } else {

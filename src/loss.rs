@@ -55,7 +55,7 @@ impl AdLoss {
             same_layers("style", picture, &style.of)?;
         }
         let mut bias = Bias::new(references)?;
-        picture.layers().enumerate().map(|(i, layer)| mean_absolute(&layer.output, &self.ideal(i, layer, references, bias.as_mut())?)).collect()
+        picture.layers().enumerate().map(|(i, layer)| mean_absolute(layer.output()?, &self.ideal(i, layer, references, bias.as_mut())?)).collect()
     }
 
     /// What the layer would put out if the picture were made of the styles.

@@ -1,7 +1,7 @@
 //! What a picture is compared with: latents before a run, features at one timestep of it.
 
 use crate::bias::Memo;
-use crate::{Features, LabelMap, Result};
+use crate::{FeatureCache, Features, LabelMap, Result};
 use tch::Tensor;
 
 /// One style picture, how much it counts, and which of its regions serve which of the picture's.
@@ -22,12 +22,14 @@ pub struct Style<T = Tensor> {
     /// `W(l, m)`: how much of the style's label `m` a place of the picture with the label `l` is to have, `(l, m, at least 0)`;
     /// 0 for pairs not listed, the last of several for one pair. None: 1 where the two are equal, else 0.
     pub matches: Option<Vec<(i64, i64, f64)>>,
+    /// Of these very latents.
+    pub(crate) cache: Option<FeatureCache>,
 }
 
 impl<T> Style<T> {
     /// From latents `(1 or batch, channels, height, width)`, or from their features: of weight 1, without labels.
     pub fn new(of: T) -> Self {
-        Self { of, weight: 1.0, labels: None, area_weights: vec![], matches: None }
+        Self { of, weight: 1.0, labels: None, area_weights: vec![], matches: None, cache: None }
     }
 
     /// The same with another [`weight`](Self::weight).
@@ -67,7 +69,23 @@ impl<T> Style<T> {
             labels: self.labels.as_ref().map(LabelMap::shallow_clone),
             area_weights: self.area_weights.clone(),
             matches: self.matches.clone(),
+            cache: None,
         }
+    }
+}
+
+impl Style {
+    /// The same with features that runs with this style share.
+    #[must_use]
+    pub fn with_cache(mut self, cache: FeatureCache) -> Self {
+        self.cache = Some(cache);
+        self
+    }
+
+    /// A second handle on the same latents and features.
+    #[must_use]
+    pub fn shallow_clone(&self) -> Self {
+        Self { cache: self.cache.clone(), ..self.with(self.of.shallow_clone()) }
     }
 }
 
@@ -183,7 +201,7 @@ impl References<Tensor> {
     /// A second handle on the same tensors.
     #[must_use]
     pub fn shallow_clone(&self) -> Self {
-        let styles = self.styles.iter().map(|style| style.with(style.of.shallow_clone())).collect();
+        let styles = self.styles.iter().map(Style::shallow_clone).collect();
         self.with(styles, self.content.as_ref().map(Tensor::shallow_clone))
     }
 }

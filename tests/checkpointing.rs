@@ -83,7 +83,7 @@ impl Loss for Only {
 #[test]
 fn a_loss_may_look_at_a_part_of_the_features() {
     let mut model = open("sd15", Kind::Float);
-    let looks: [fn(&attention_distillation::LayerFeatures) -> &Tensor; 4] = [|l| &l.query, |l| &l.key, |l| &l.value, |l| &l.output];
+    let looks: [fn(&attention_distillation::LayerFeatures) -> &Tensor; 4] = [|l| &l.query, |l| &l.key, |l| &l.value, |l| l.output().unwrap()];
     for look in looks {
         for layer in [0, 3, 5] {
             let [(_, wanted), (_, gradient)] = both(&mut model, &[1, 4, 8, 8], 10..16, &Only(layer, look));
@@ -146,7 +146,7 @@ fn it_serves_a_foreign_caller_too() {
         model.gradient(&random(1, &[1, 4, 8, 8]), 1.0, &condition, 14..16, &mut |features| {
             calls += 1;
             // Their graph is not the network's: it was not kept.
-            assert!(features.layers().all(|layer| layer.output.is_leaf()));
+            assert!(features.layers().all(|layer| layer.output().unwrap().is_leaf()));
             Ok(features.layers().last().unwrap().output.mean(Kind::Float))
         })
     })

@@ -5,7 +5,7 @@ mod toy;
 
 use attention_distillation::{
     AttentionHook, AttentionKind, AttentionSite, DeferredHook, Denoiser, Error, FeatureExtractor, FeatureRecorder, Features, Guidance,
-    KeyValueInjection, PlainAttention, Qkv, Result,
+    KeyValueInjection, PlainAttention, Qkv, References, Result, Style,
 };
 use std::{rc::Rc, sync::Arc};
 use tch::{Kind, Tensor};
@@ -26,7 +26,7 @@ fn an_early_stop_survives_a_foreign_error_type_and_saves_the_later_layers() {
         assert_eq!((toy.forwards.get(), toy.entered.get()), (1, 3), "the pass ends in layer 2, the third");
         for layer in features.layers() {
             assert_eq!((layer.site.kind, layer.site.grid), (AttentionKind::SelfAttention, (6, 8)));
-            for tensor in [&layer.query, &layer.key, &layer.value, &layer.output] {
+            for tensor in [&layer.query, &layer.key, &layer.value, layer.output().unwrap()] {
                 assert_eq!((tensor.size(), tensor.kind()), (vec![1, 2, 48, 8], kind));
             }
         }
@@ -77,7 +77,7 @@ fn a_recorder_changes_no_bit_of_the_output() {
         // Those of a stopped pass are the same.
         for (whole, stopped) in features.layers().skip(1).zip(extract(&toy, &z, 1..LAYERS).unwrap().layers()) {
             assert_eq!(whole.site, stopped.site);
-            assert_same(&whole.output, &stopped.output);
+            assert_same(whole.output().unwrap(), stopped.output().unwrap());
             assert_same(&whole.query, &stopped.query);
         }
         // And they are the layer's attention: softmax(Q K^T / sqrt(d)) V, here in f64. The kinds' own roundings are
@@ -90,9 +90,37 @@ fn a_recorder_changes_no_bit_of_the_output() {
         for layer in features.layers() {
             let [q, k, v] = [&layer.query, &layer.key, &layer.value].map(|t| t.to_kind(Kind::Double));
             let by_hand = (q.matmul(&k.transpose(2, 3)) / 8f64.sqrt()).softmax(-1, None::<Kind>).matmul(&v);
-            assert!(relative(&layer.output, &by_hand) < tolerance);
+            assert!(relative(layer.output().unwrap(), &by_hand) < tolerance);
         }
     }
+}
+
+#[test]
+fn references_of_one_size_share_a_pass_and_are_what_they_are_alone() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let extractor = FeatureExtractor::new(&toy, 1.0, 1..3);
+    let sizes = [(4, 6), (6, 4), (4, 6), (4, 6), (6, 4)];
+    let pictures: Vec<_> = sizes.iter().enumerate().map(|(i, &(h, w))| latents(10 + i as u64, h, w)).collect();
+    // A batch of its own is nobody's twin.
+    let batch = Tensor::cat(&[latents(20, 4, 6), latents(21, 4, 6)], 0);
+    let styles = pictures.iter().chain([&batch]).map(|z| Style::new(z.shallow_clone()));
+    let references = extractor.references(&References::styles(styles).with_content(latents(30, 4, 6)), 300.0).unwrap();
+    assert_eq!((toy.forwards.get(), toy.entered.get()), (4, 3), "three pairs and the batch");
+    let alone = pictures.iter().chain([&batch, &latents(30, 4, 6)]).map(|z| extract(&toy, z, 1..3).unwrap()).collect::<Vec<_>>();
+    let found = references.styles.iter().map(|style| &style.of).chain(&references.content);
+    for (found, alone) in found.zip(&alone) {
+        assert_eq!(found.len(), alone.len());
+        for (x, y) in found.layers().zip(alone.layers()) {
+            assert_eq!(x.site, y.site);
+            // That of the last layer is made here.
+            let outputs = (x.output().unwrap(), y.output().unwrap());
+            for (x, y) in [(&x.query, &y.query), (&x.key, &y.key), (&x.value, &y.value), outputs] {
+                assert!(relative(x, y) < 1e-5);
+            }
+        }
+    }
+    assert!(relative(&alone[0].layers().next().unwrap().query, &alone[2].layers().next().unwrap().query) > 0.1, "other pictures look otherwise");
 }
 
 #[test]
@@ -166,7 +194,7 @@ fn a_deferred_hook_serves_a_network_of_bare_tensors() {
     let deferred = Features::extract(&Bare(&toy), &z, 300.0, &1.0, 1..3).unwrap();
     assert_eq!((deferred.len(), toy.entered.get()), (2, LAYERS), "it runs to its end, and the record ends where it should");
     for (a, b) in direct.layers().zip(deferred.layers()) {
-        for (x, y) in [(&a.query, &b.query), (&a.key, &b.key), (&a.value, &b.value), (&a.output, &b.output)] {
+        for (x, y) in [(&a.query, &b.query), (&a.key, &b.key), (&a.value, &b.value), (a.output().unwrap(), b.output().unwrap())] {
             assert_same(x, y);
         }
     }
@@ -240,13 +268,13 @@ fn injecting_anothers_changes_its_layers_and_no_other() {
         match other.at(&layer.site) {
             // Up to layer 0 nothing happened at all; behind the injected ones the layer works on what it gets.
             None => {
-                assert_same(&layer.output, &own);
-                assert_eq!(layer.site.index == 0, difference(&layer.output, &before.output) == 0.0);
+                assert_same(layer.output().unwrap(), &own);
+                assert_eq!(layer.site.index == 0, difference(layer.output().unwrap(), before.output().unwrap()) == 0.0);
             }
             Some(reference) => {
                 let expand = |t: &Tensor| t.expand([2, -1, -1, -1], false);
-                assert_same(&layer.output, &attend(&layer.query, &expand(&reference.key), &expand(&reference.value)));
-                assert!(difference(&layer.output, &own) > 1e-2);
+                assert_same(layer.output().unwrap(), &attend(&layer.query, &expand(&reference.key), &expand(&reference.value)));
+                assert!(difference(layer.output().unwrap(), &own) > 1e-2);
             }
         }
     }
@@ -279,7 +307,9 @@ fn narrow_takes_pictures_of_the_batch() {
         // A batch of two goes through other matrix kernels than one: some units in the last place.
         for (part, alone) in both.narrow(range.clone()).unwrap().layers().zip(toy::features(&toy, alone).layers()) {
             assert_eq!(part.site, alone.site);
-            for (x, y) in [(&part.query, &alone.query), (&part.key, &alone.key), (&part.value, &alone.value), (&part.output, &alone.output)] {
+            for (x, y) in
+                [(&part.query, &alone.query), (&part.key, &alone.key), (&part.value, &alone.value), (part.output().unwrap(), alone.output().unwrap())]
+            {
                 assert!(relative(x, y) < 1e-5);
             }
         }
@@ -300,10 +330,10 @@ fn features_map_and_clone() {
     assert!(!features.is_empty() && Features::default().is_empty());
     let doubled = features.try_map(|t| Ok(t.f_mul_scalar(2.0)?)).unwrap();
     for ((twice, once), twin) in doubled.layers().zip(features.layers()).zip(features.shallow_clone().layers()) {
-        for ((x, y), z) in [&twice.query, &twice.key, &twice.value, &twice.output]
+        for ((x, y), z) in [&twice.query, &twice.key, &twice.value, twice.output().unwrap()]
             .into_iter()
-            .zip([&once.query, &once.key, &once.value, &once.output])
-            .zip([&twin.query, &twin.key, &twin.value, &twin.output])
+            .zip([&once.query, &once.key, &once.value, once.output().unwrap()])
+            .zip([&twin.query, &twin.key, &twin.value, twin.output().unwrap()])
         {
             assert_same(x, &(y * 2.0));
             assert_eq!(y.data_ptr(), z.data_ptr(), "a handle, not a copy");
@@ -319,7 +349,7 @@ fn a_pointer_to_a_network_is_a_network() {
     tch::set_num_threads(1);
     fn through<D: Denoiser<Condition = f64>>(network: D) -> Tensor {
         let features = FeatureExtractor::new(network, 1.0, 1..2).extract(&latents(1, 4, 4), 300.0).unwrap();
-        let output = features.layers().next().unwrap().output.shallow_clone();
+        let output = features.layers().next().unwrap().output().unwrap().shallow_clone();
         output
     }
     let toy = Toy::new(Kind::Float);

@@ -37,7 +37,7 @@ fn ad_by_hand(picture: &Features, styles: &[&Features], sharpness: f64) -> f64 {
             Tensor::cat(&parts, 2)
         };
         let ideal = attention(&layer.query, &join(|l| &l.key), &join(|l| &l.value), sharpness);
-        number(&(f64_of(&layer.output) - ideal).abs().mean(None::<Kind>))
+        number(&(f64_of(layer.output().unwrap()) - ideal).abs().mean(None::<Kind>))
     };
     (0..picture.len()).map(layer_loss).sum()
 }
@@ -204,7 +204,7 @@ fn the_gradient_is_that_of_the_stopped_objective() {
     };
     let objective = |z: &Tensor, ideals: &[Tensor]| -> f64 {
         let picture = features(&toy, z);
-        let ad: f64 = picture.layers().zip(ideals).map(|(p, ideal)| number(&(&p.output - ideal).abs().mean(None::<Kind>))).sum();
+        let ad: f64 = picture.layers().zip(ideals).map(|(p, ideal)| number(&(p.output().unwrap() - ideal).abs().mean(None::<Kind>))).sum();
         ad + beta * content_by_hand(&picture, content)
     };
     let stopped = ideals(&z);
@@ -276,12 +276,12 @@ fn references_carry_no_graph() {
     for features in [&references.styles[0].of, references.content.as_ref().unwrap()] {
         assert_eq!(features.len(), 2);
         for layer in features.layers() {
-            for tensor in [&layer.query, &layer.key, &layer.value, &layer.output] {
+            for tensor in [&layer.query, &layer.key, &layer.value, layer.output().unwrap()] {
                 assert!(!tensor.requires_grad());
             }
         }
     }
-    assert!(extractor(&toy).extract(&z, 500.0).unwrap().layers().all(|layer| layer.output.requires_grad()), "asked for, it is there");
+    assert!(extractor(&toy).extract(&z, 500.0).unwrap().layers().all(|layer| layer.output().unwrap().requires_grad()), "asked for, it is there");
 }
 
 /// Counts how often it is asked.

@@ -79,7 +79,7 @@ fn by_hand(picture: &Features, styles: &[&Features], c: &Tensor) -> f64 {
         };
         let (key, value) = (join(|l| &l.key), join(|l| &l.value));
         let scores = f64_of(&layer.query).matmul(&key.transpose(2, 3)) / (layer.query.size()[3] as f64).sqrt() + f64_of(c).log();
-        number(&(f64_of(&layer.output) - scores.softmax(-1, None::<Kind>).matmul(&value)).abs().mean(None::<Kind>))
+        number(&(f64_of(layer.output().unwrap()) - scores.softmax(-1, None::<Kind>).matmul(&value)).abs().mean(None::<Kind>))
     };
     (0..picture.len()).map(layer_loss).sum()
 }

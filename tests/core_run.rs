@@ -4,11 +4,11 @@
 mod toy;
 
 use attention_distillation::{
-    AdLoss, Adam, AdamConfig, BetaSchedule, Checkpoint, ContentLoss, Ddim, DdimConfig, Distiller, Error, FeatureExtractor, Features, GradientDescent,
-    Optimizer, Progress, References, Result, Scheduler, Spacing, Style, TotalLoss,
+    AdLoss, Adam, AdamConfig, BetaSchedule, Checkpoint, ContentLoss, Ddim, DdimConfig, Distiller, Error, FeatureCache, FeatureExtractor, Features,
+    GradientDescent, Optimizer, Progress, References, Result, Scheduler, Spacing, Style, TotalLoss,
 };
 use tch::{Device, Kind, Tensor};
-use toy::{assert_same, difference, extractor, latents, number, Toy, Trouble};
+use toy::{assert_same, difference, extractor, latents, number, relative, Toy, Trouble};
 
 fn times(steps: usize) -> Vec<f64> {
     (0..steps).rev().map(|i| 1.0 + (1000 / steps * i) as f64).collect()
@@ -113,17 +113,18 @@ fn the_first_step_is_one_step_of_adam_on_the_gradient() {
 #[test]
 fn a_step_costs_what_it_must_and_no_more() {
     tch::set_num_threads(1);
-    for (iterations, styles) in [(1, 1), (3, 1), (2, 3)] {
+    // Styles of 4 x 4, the content of 6 x 8: two of a size share a pass.
+    for (iterations, styles, passes) in [(1, 1, 2), (3, 1, 2), (2, 3, 3), (1, 4, 3)] {
         let mut toy = Toy::trainable(Kind::Float);
         let mut run = transfer(&toy, 4);
         run.iterations = iterations;
         run.references = References::styles((0..styles).map(|i| Style::new(latents(20 + i, 4, 4)))).with_content(latents(8, 6, 8));
         for step in 1..=4 {
             run.advance().unwrap();
-            assert_eq!(toy.forwards.get(), step * (styles as usize + 1 + iterations));
+            assert_eq!(toy.forwards.get(), step * (passes + iterations));
         }
         assert!(run.advance().unwrap().is_none());
-        assert_eq!(toy.forwards.get(), 4 * (styles as usize + 1 + iterations), "nothing more to do costs nothing");
+        assert_eq!(toy.forwards.get(), 4 * (passes + iterations), "nothing more to do costs nothing");
         assert_eq!(toy.deepest.get(), 4, "layers 2 and 3 are wanted: no pass enters layer 4");
         drop(run);
         assert!(!toy.weights_have_gradients(), "not even where they ask for one");
@@ -144,6 +145,60 @@ fn kept_features_of_references_give_the_same_run_without_their_passes() {
     assert!(run.advance_towards(&kept[0]).unwrap().is_none());
     assert_eq!(toy.forwards.get() - before, 5);
     assert_same(&run.latents, &expected);
+}
+
+#[test]
+fn runs_with_one_style_share_its_features() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let contents = [latents(30, 6, 8), latents(31, 6, 8), latents(32, 4, 4)];
+    let finish = |style: Style, content: &Tensor| {
+        let before = toy.forwards.get();
+        let references = References::styles([style]).with_content(content.shallow_clone());
+        let picture = Distiller::style_transfer(extractor(&toy), times(3), references, 0.25).unwrap().finish().unwrap();
+        (picture, toy.forwards.get() - before)
+    };
+    let cache = FeatureCache::new(usize::MAX);
+    let style = Style::new(latents(20, 4, 4)).with_cache(cache.clone());
+    for (i, content) in contents.iter().enumerate() {
+        let (expected, _) = finish(Style::new(style.of.shallow_clone()), content);
+        let (picture, passes) = finish(style.shallow_clone(), content);
+        // In one pass with a content of its own size the style's features round otherwise.
+        assert!(relative(&picture, &expected) < 1e-4);
+        assert_eq!(passes, if i == 0 { 9 } else { 6 }, "the style's passes are made once");
+        assert_eq!(cache.len(), 3);
+    }
+
+    // What does not fit is made each time, to the same picture; what is there stays.
+    let small = FeatureCache::new(cache.bytes() * 2 / 3);
+    for passes in [9, 7, 7] {
+        let (picture, made) = finish(Style::new(style.of.shallow_clone()).with_cache(small.clone()), &contents[0]);
+        assert_same(&picture, &finish(style.shallow_clone(), &contents[0]).0);
+        assert_eq!((made, small.len()), (passes, 2));
+        assert!(small.bytes() <= cache.bytes() * 2 / 3);
+    }
+    small.clear();
+    assert!(small.is_empty() && small.bytes() == 0);
+}
+
+#[test]
+fn a_cache_is_of_a_range_of_layers_and_of_clean_latents() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let cache = FeatureCache::new(usize::MAX);
+    let references = References::styles([Style::new(latents(20, 4, 4)).with_cache(cache.clone())]);
+    let layers = |range: std::ops::Range<usize>, references: &References| {
+        let found = FeatureExtractor::new(&toy, 1.0, range).references(references, 500.0).unwrap();
+        found.styles[0].of.layers().map(|layer| layer.site.index).collect::<Vec<_>>()
+    };
+    assert_eq!((layers(1..3, &references), layers(2..4, &references), layers(1..3, &references)), (vec![1, 2], vec![2, 3], vec![1, 2]));
+    assert_eq!(cache.len(), 2);
+    // Other latents made from these, such as noised ones, are none of its business.
+    let noised = references.try_map(|z| Ok(z + 1.0)).unwrap();
+    assert_eq!(layers(0..2, &noised), [0, 1]);
+    assert_eq!(cache.len(), 2);
+    assert_eq!(layers(0..2, &references.shallow_clone()), [0, 1]);
+    assert_eq!(cache.len(), 3, "a second handle on the references has it, too");
 }
 
 #[test]

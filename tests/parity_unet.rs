@@ -31,7 +31,7 @@ fn case(unet: &UNet, condition: &Condition, expected: &Expected, name: &str, com
     assert_eq!(features.len(), layers.len());
     for layer in features.layers() {
         let index = layer.site.index;
-        for (part, actual) in [("query", &layer.query), ("key", &layer.key), ("value", &layer.value), ("output", &layer.output)] {
+        for (part, actual) in [("query", &layer.query), ("key", &layer.key), ("value", &layer.value), ("output", layer.output().unwrap())] {
             comparison.close(format!("{name} layer {index} {part}"), actual, get(&format!("layer{index}.{part}")), ACTIVATIONS);
         }
     }

@@ -180,7 +180,7 @@ impl<D: Denoiser, O: Optimizer> Step<'_, D, O> {
         let mut references = styles.shallow_clone();
         let features = |content: &Tensor| {
             let content = views.map(|views| views.cut_if_of_canvas(content)).transpose()?.unwrap_or_else(|| content.shallow_clone());
-            tch::no_grad(|| self.extractor.extract(&content, timestep))
+            self.extractor.reference(&content, timestep)
         };
         references.content = content.map(features).transpose()?;
         Ok(references)

@@ -118,7 +118,10 @@ fn by_features(features: &Features, value: &mut dyn FnMut(&Features) -> Result<T
     if !value.requires_grad() {
         return Err(independent());
     }
-    let all: Vec<&Tensor> = leaves.layers().flat_map(|layer| [&layer.query, &layer.key, &layer.value, &layer.output]).collect();
+    let mut all: Vec<&Tensor> = vec![];
+    for layer in leaves.layers() {
+        all.extend([&layer.query, &layer.key, &layer.value, layer.output()?]);
+    }
     let gradients = Tensor::f_run_backward(&[&value], &all, false, false)?;
     let mut gradients = gradients.into_iter().map(|gradient| Some(gradient).filter(Tensor::defined));
     let by_layer = (0..leaves.len()).map(|_| gradients.by_ref().take(4).collect()).collect();
