@@ -32,7 +32,7 @@ parser.add_argument("--model", type=Path, help="folder in diffusers layout")
 parser.add_argument("--name", help="what to call it")
 parser.add_argument("--set", default="evaluation", choices=("evaluation", "tuning"))
 parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
-parser.add_argument("--pairs", type=int, default=144, help="of content and style, in all")
+parser.add_argument("--pairs", type=int, nargs="+", default=[144], help="of content and style, for each size; the last number serves the sizes left")
 parser.add_argument("--textures", type=int, default=12)
 parser.add_argument("--flags", default="", help="for style_transfer, such as '--content-weight 0.15'")
 parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="pictures made at the same time, with one thread each")
@@ -72,10 +72,10 @@ def fitted(picture, side, folder):
     return path
 
 
-def pairs(contents, styles):
+def pairs(contents, styles, count):
     """Round after round each content with another style; the first rounds suffice for a smaller number."""
     every = [(c, (c + r) % len(styles)) for r in range(len(styles)) for c in range(len(contents))]
-    return [(contents[c], styles[s]) for c, s in every[: args.pairs]]
+    return [(contents[c], styles[s]) for c, s in every[:count]]
 
 
 def sheet(rows, path, side=96):
@@ -111,10 +111,10 @@ def transfer(content, style, output, side):
     return dict(patches=patches(after) / patches(before), colours=after["colour_distance"] / before["colour_distance"], structure=after["ms_ssim"])
 
 
-def transfers(held, folder, inputs, side):
+def transfers(held, folder, inputs, side, count):
     contents, styles = (sorted((held / role).glob("*.png")) for role in ("content", "style"))
     rows = []
-    for content, style in pairs(contents, styles):
+    for content, style in pairs(contents, styles, count):
         content, style = fitted(content, side, inputs), fitted(style, side, inputs)
         rows.append((content, style, folder / f"{content.stem}__{style.stem}.png"))
     found = each([(row[2].with_suffix(".json"), (*row, side)) for row in rows], transfer)
@@ -171,13 +171,13 @@ def judge():
     inputs = args.work / "evaluation" / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
     result = dict(name=args.name, set=args.set, flags=args.flags, **({} if args.no_networks else networks()))
-    for side in args.sizes:
-        found = transfers(held, folder, inputs, side)
+    for i, side in enumerate(args.sizes):
+        found = transfers(held, folder, inputs, side, args.pairs[min(i, len(args.pairs) - 1)])
         result[f"transfers_{side}"] = dict(pairs=len(found), **{name: mean(found, name) for name in ("patches", "colours", "structure")})
     found = textures(held, folder, inputs)
     result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"))
     (folder / "result.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1), flush=True)
 
 
 def table():
