@@ -24,8 +24,8 @@ pub struct LayerFeatures {
 }
 
 impl LayerFeatures {
-    /// `Attn(Q, K, V)`, before heads are merged and projected. That of a reference's last layer, which the losses of the paper do not
-    /// look at, is computed when it is first asked for.
+    /// `Attn(Q, K, V)`, before heads are merged and projected. A reference's, which the losses of the paper do not look at, is
+    /// computed when it is first asked for.
     ///
     /// # Errors
     /// libtorch's.
@@ -67,7 +67,7 @@ impl Features {
         recorder.after(outcome)
     }
 
-    /// The same of a reference: the last layer's output is left for whoever asks.
+    /// The same of a reference: outputs are not kept, and the last layer's is not even computed.
     pub(crate) fn of_reference<D: Denoiser + ?Sized>(
         denoiser: &D,
         latents: &Tensor,
@@ -76,7 +76,7 @@ impl Features {
         layers: Range<usize>,
     ) -> Result<Self> {
         check_layers(&layers)?;
-        let mut recorder = FeatureRecorder { ends_before_output: true, ..FeatureRecorder::new(layers) };
+        let mut recorder = FeatureRecorder { without_outputs: true, ..FeatureRecorder::new(layers) };
         let outcome = denoiser.forward(latents, timestep, condition, &mut recorder);
         recorder.after(outcome)
     }
@@ -155,23 +155,23 @@ pub struct FeatureRecorder<H = PlainAttention> {
     features: Features,
     /// Self-attention layers that came by so far.
     network: usize,
-    /// Whether the last layer's output is left to be computed by whoever asks.
-    ends_before_output: bool,
+    /// Whether outputs are left to be computed by whoever asks.
+    without_outputs: bool,
     inner: H,
 }
 
 impl FeatureRecorder {
     /// For layers counted in execution order from 0.
     pub fn new(layers: Range<usize>) -> Self {
-        Self { layers, features: Features::default(), network: 0, ends_before_output: false, inner: PlainAttention }
+        Self { layers, features: Features::default(), network: 0, without_outputs: false, inner: PlainAttention }
     }
 }
 
 impl<H> FeatureRecorder<H> {
     /// Lets another hook compute the attention that is recorded.
     pub fn around<I: AttentionHook>(self, inner: I) -> FeatureRecorder<I> {
-        let Self { layers, features, network, ends_before_output, inner: _ } = self;
-        FeatureRecorder { layers, features, network, ends_before_output, inner }
+        let Self { layers, features, network, without_outputs, inner: _ } = self;
+        FeatureRecorder { layers, features, network, without_outputs, inner }
     }
 
     /// Whether all layers of the range were recorded.
@@ -225,17 +225,15 @@ impl<H: AttentionHook> AttentionHook for FeatureRecorder<H> {
         }
         let (query, key, value) = (qkv.query.shallow_clone(), qkv.key.shallow_clone(), qkv.value.shallow_clone());
         let scale = qkv.scale;
+        // One with a mask could not be computed later.
+        let later = self.without_outputs && qkv.mask.is_none();
         let last = self.features.len() + 1 == self.layers.len();
-        if last && self.ends_before_output && qkv.mask.is_none() {
-            self.features.0.push(LayerFeatures { site: *site, query, key, value, scale, output: OnceCell::new() });
-            return Err(Error::Stopped);
-        }
-        let output = self.inner.attend(site, qkv)?;
-        self.features.0.push(LayerFeatures { site: *site, query, key, value, scale, output: OnceCell::from(output.shallow_clone()) });
-        if self.is_complete() {
-            Err(Error::Stopped)
-        } else {
-            Ok(output)
+        let output = if later && last { None } else { Some(self.inner.attend(site, qkv)?) };
+        let kept = output.as_ref().filter(|_| !later).map_or_else(OnceCell::new, |output| OnceCell::from(output.shallow_clone()));
+        self.features.0.push(LayerFeatures { site: *site, query, key, value, scale, output: kept });
+        match output {
+            Some(output) if !last => Ok(output),
+            _ => Err(Error::Stopped),
         }
     }
 }

@@ -123,6 +123,34 @@ fn references_of_one_size_share_a_pass_and_are_what_they_are_alone() {
     assert!(relative(&alone[0].layers().next().unwrap().query, &alone[2].layers().next().unwrap().query) > 0.1, "other pictures look otherwise");
 }
 
+/// One layer, in which each token sees those before it.
+struct Causal;
+
+impl Denoiser for Causal {
+    type Condition = ();
+
+    fn forward(&self, latents: &Tensor, _: f64, (): &(), hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        let (_, _, h, w) = latents.size4()?;
+        let tokens = latents.flatten(2, 3).transpose(1, 2).unsqueeze(1);
+        let mut qkv = Qkv::new(tokens.shallow_clone(), tokens.shallow_clone(), tokens);
+        qkv.mask = Some(Tensor::ones([h * w, h * w], (Kind::Bool, latents.device())).tril(0));
+        hook.attend(&AttentionSite::self_attention(0, (h, w)), qkv)
+    }
+}
+
+#[test]
+fn outputs_of_references_are_those_of_the_pass_also_where_it_has_a_mask() {
+    tch::set_num_threads(1);
+    let extractor = FeatureExtractor::new(Causal, (), 0..1);
+    let z = latents(1, 4, 5);
+    let whole = extractor.extract(&z, 300.0).unwrap();
+    let references = extractor.references(&References::style(z.shallow_clone()), 300.0).unwrap();
+    let [expected, found] = [&whole, &references.styles[0].of].map(|features| features.layers().next().unwrap());
+    assert_same(expected.output().unwrap(), found.output().unwrap());
+    let unmasked = Qkv::new(found.query.shallow_clone(), found.key.shallow_clone(), found.value.shallow_clone()).attend().unwrap();
+    assert!(relative(found.output().unwrap(), &unmasked) > 0.1);
+}
+
 #[test]
 fn a_network_that_counts_wrongly_is_refused() {
     tch::set_num_threads(1);
