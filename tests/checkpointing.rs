@@ -147,7 +147,7 @@ fn it_serves_a_foreign_caller_too() {
             calls += 1;
             // Their graph is not the network's: it was not kept.
             assert!(features.layers().all(|layer| layer.output().unwrap().is_leaf()));
-            Ok(features.layers().last().unwrap().output.mean(Kind::Float))
+            Ok(features.layers().last().unwrap().output().unwrap().mean(Kind::Float))
         })
     })
     .unwrap();
