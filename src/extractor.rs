@@ -36,7 +36,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
         Features::extract(&self.denoiser, latents, timestep, &self.condition, self.layers.clone())
     }
 
-    /// The features of references, without a graph: one forward pass for each, or for two of the same size, that ends before the
+    /// The features of references, without a graph: one forward pass for each, that ends before the
     /// last layer's [output](crate::LayerFeatures::output). Styles of weight 0 are left out, and none is made for what is in a
     /// style's [cache](crate::FeatureCache).
     ///
@@ -53,31 +53,10 @@ impl<D: Denoiser> FeatureExtractor<D> {
             cached.push(features.transpose()?);
         }
         rest.extend(&latents.content);
-        let mut rest = self.in_pairs(rest, timestep)?.into_iter();
+        let mut rest = rest.into_iter().map(|z| self.reference(z, timestep)).collect::<Result<Vec<_>>>()?.into_iter();
         let mut cached = cached.into_iter();
         let mut next = || cached.next().flatten().or_else(|| rest.next());
         latents.try_map_counted(|_| next().ok_or_else(|| Error::argument("references", "changed while they were looked at")))
-    }
-
-    /// The features of each of these latents. A batch of two costs a GPU little more than one, which mostly waits for launches, and holds
-    /// no more than guidance does.
-    fn in_pairs(&self, latents: Vec<&Tensor>, timestep: f64) -> Result<Vec<Features>> {
-        let joins = self.denoiser.condition_batch(&self.condition) == 1;
-        let mut features: Vec<Option<Features>> = latents.iter().map(|_| None).collect();
-        let mut rest: Vec<_> = latents.into_iter().zip(&mut features).collect();
-        while !rest.is_empty() {
-            let (one, place) = rest.remove(0);
-            let single = |z: &Tensor| z.size().first() == Some(&1);
-            let alike = |z: &Tensor| z.size() == one.size() && z.f_kind().ok() == one.f_kind().ok() && z.device() == one.device();
-            let twin = rest.iter().position(|(z, _)| joins && single(z) && alike(z)).map(|i| rest.remove(i));
-            let Some((other, second)) = twin else {
-                *place = Some(self.reference(one, timestep)?);
-                continue;
-            };
-            let both = self.reference(&Tensor::f_cat(&[one, other], 0)?, timestep)?;
-            (*place, *second) = (Some(both.narrow(0..1)?), Some(both.narrow(1..2)?));
-        }
-        Ok(features.into_iter().flatten().collect())
     }
 
     pub(crate) fn reference(&self, latents: &Tensor, timestep: f64) -> Result<Features> {
