@@ -1,7 +1,7 @@
 //! The network as a measure of pictures: four calls make the method, and the runs are loops over them.
 
 use crate::scalar::WithNumber;
-use crate::{Denoiser, Error, Features, Loss, Optimizer, References, Result};
+use crate::{Denoiser, Error, FeatureRecorder, Features, Loss, Optimizer, References, Result};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
@@ -36,32 +36,25 @@ impl<D: Denoiser> FeatureExtractor<D> {
         Features::extract(&self.denoiser, latents, timestep, &self.condition, self.layers.clone())
     }
 
-    /// The features of references, without a graph: one forward pass for each, that ends before the
-    /// last layer's [output](crate::LayerFeatures::output). Styles of weight 0 are left out, and none is made for what is in a
-    /// style's [cache](crate::FeatureCache).
+    /// The features of references, without a graph: one forward pass each, which ends before the last layer's
+    /// [output](crate::LayerFeatures::output), and none for what is in a style's [cache](crate::FeatureCache). Styles of weight 0 are left out.
     ///
     /// # Errors
     /// As [`Features::extract`].
     pub fn references(&self, latents: &References, timestep: f64) -> Result<References<Features>> {
-        let mut rest = vec![];
-        let mut cached = vec![];
-        for style in latents.counted() {
-            let features = style.cache.as_ref().map(|cache| cache.features(timestep, &self.layers, || self.reference(&style.of, timestep)));
-            if features.is_none() {
-                rest.push(&style.of);
-            }
-            cached.push(features.transpose()?);
-        }
-        rest.extend(&latents.content);
-        let mut rest = rest.into_iter().map(|z| self.reference(z, timestep)).collect::<Result<Vec<_>>>()?.into_iter();
-        let mut cached = cached.into_iter();
-        let mut next = || cached.next().flatten().or_else(|| rest.next());
-        latents.try_map_counted(|_| next().ok_or_else(|| Error::argument("references", "changed while they were looked at")))
+        let mut features = latents.try_map_styles(|style| match &style.cache {
+            Some(cache) => cache.features(timestep, &self.layers, || self.reference(&style.of, timestep)),
+            None => self.reference(&style.of, timestep),
+        })?;
+        features.content = latents.content.as_ref().map(|content| self.reference(content, timestep)).transpose()?;
+        Ok(features)
     }
 
+    /// The features of one reference.
     pub(crate) fn reference(&self, latents: &Tensor, timestep: f64) -> Result<Features> {
         check_timestep(timestep)?;
-        tch::no_grad(|| Features::of_reference(&self.denoiser, latents, timestep, &self.condition, self.layers.clone()))
+        let recorder = FeatureRecorder::new(self.layers.clone()).without_outputs();
+        tch::no_grad(|| recorder.record(&self.denoiser, latents, timestep, &self.condition))
     }
 
     /// The loss (a scalar, still on its device) and its gradient by `latents` (in their shape and kind): one forward

@@ -9,7 +9,7 @@ use tch::Tensor;
 /// noise, so that their features depend on the timestep alone. Each run after the first saves one forward pass per timestep.
 ///
 /// Handed to a style by [`Style::with_cache`](crate::Style::with_cache); a clone is another handle on the same features. It is for **one
-/// style under one network**: after a change of either take a new one. Samplers put noise on their references and have no use for it.
+/// style under one network and null prompt**: after a change of any take a new one. Samplers put noise on their references and have no use for it.
 ///
 /// Features that do not fit into the budget are made anew each time; those that are there stay, since a run asks for all of
 /// its timesteps in turn.
@@ -23,6 +23,12 @@ pub struct FeatureCache {
 struct Kept {
     bytes: usize,
     features: Vec<(f64, Range<usize>, Features)>,
+}
+
+impl Kept {
+    fn find(&self, timestep: f64, layers: &Range<usize>) -> Option<&Features> {
+        self.features.iter().find(|(at, of, _)| *at == timestep && of == layers).map(|(.., features)| features)
+    }
 }
 
 impl FeatureCache {
@@ -54,13 +60,14 @@ impl FeatureCache {
 
     /// What is there, or else what `make` makes, which then stays if it fits.
     pub(crate) fn features(&self, timestep: f64, layers: &Range<usize>, make: impl FnOnce() -> Result<Features>) -> Result<Features> {
-        if let Some((.., features)) = self.kept().features.iter().find(|(at, of, _)| *at == timestep && of == layers) {
+        if let Some(features) = self.kept().find(timestep, layers) {
             return Ok(features.shallow_clone());
         }
         let features = make()?;
         let bytes = features.tensors().map(bytes).fold(0, usize::saturating_add);
         let mut kept = self.kept();
-        if kept.bytes.saturating_add(bytes) <= self.budget {
+        // Another thread may have made them meanwhile.
+        if kept.bytes.saturating_add(bytes) <= self.budget && kept.find(timestep, layers).is_none() {
             kept.bytes += bytes;
             kept.features.push((timestep, layers.clone(), features.shallow_clone()));
         }

@@ -61,24 +61,7 @@ impl Features {
         condition: &D::Condition,
         layers: Range<usize>,
     ) -> Result<Self> {
-        check_layers(&layers)?;
-        let mut recorder = FeatureRecorder::new(layers);
-        let outcome = denoiser.forward(latents, timestep, condition, &mut recorder);
-        recorder.after(outcome)
-    }
-
-    /// The same of a reference: outputs are not kept, and the last layer's is not even computed.
-    pub(crate) fn of_reference<D: Denoiser + ?Sized>(
-        denoiser: &D,
-        latents: &Tensor,
-        timestep: f64,
-        condition: &D::Condition,
-        layers: Range<usize>,
-    ) -> Result<Self> {
-        check_layers(&layers)?;
-        let mut recorder = FeatureRecorder { without_outputs: true, ..FeatureRecorder::new(layers) };
-        let outcome = denoiser.forward(latents, timestep, condition, &mut recorder);
-        recorder.after(outcome)
+        FeatureRecorder::new(layers).record(denoiser, latents, timestep, condition)
     }
 
     /// In execution order.
@@ -164,6 +147,25 @@ impl FeatureRecorder {
     /// For layers counted in execution order from 0.
     pub fn new(layers: Range<usize>) -> Self {
         Self { layers, features: Features::default(), network: 0, without_outputs: false, inner: PlainAttention }
+    }
+
+    /// For references: outputs are not kept, and the last layer's is not even computed.
+    pub(crate) fn without_outputs(mut self) -> Self {
+        self.without_outputs = true;
+        self
+    }
+
+    /// One forward pass, as far as there are layers to record.
+    pub(crate) fn record<D: Denoiser + ?Sized>(
+        mut self,
+        denoiser: &D,
+        latents: &Tensor,
+        timestep: f64,
+        condition: &D::Condition,
+    ) -> Result<Features> {
+        check_layers(&self.layers)?;
+        let outcome = denoiser.forward(latents, timestep, condition, &mut self);
+        self.after(outcome)
     }
 }
 

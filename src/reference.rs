@@ -22,7 +22,7 @@ pub struct Style<T = Tensor> {
     /// `W(l, m)`: how much of the style's label `m` a place of the picture with the label `l` is to have, `(l, m, at least 0)`;
     /// 0 for pairs not listed, the last of several for one pair. None: 1 where the two are equal, else 0.
     pub matches: Option<Vec<(i64, i64, f64)>>,
-    /// Of these very latents.
+    /// Features of these very latents.
     pub(crate) cache: Option<FeatureCache>,
 }
 
@@ -75,7 +75,8 @@ impl<T> Style<T> {
 }
 
 impl Style {
-    /// The same with features that runs with this style share.
+    /// The same with features that runs with this style share. What is [mapped](References::try_map) from it has none: a cache is of
+    /// these very latents.
     #[must_use]
     pub fn with_cache(mut self, cache: FeatureCache) -> Self {
         self.cache = Some(cache);
@@ -175,14 +176,14 @@ impl<T> References<T> {
 
     /// The same without styles of weight 0: no noise is drawn for these, and no pass made.
     pub(crate) fn try_map_counted<U>(&self, mut f: impl FnMut(&T) -> Result<U>) -> Result<References<U>> {
-        let mut mapped = self.try_map_styles(&mut f)?;
+        let mut mapped = self.try_map_styles(|style| f(&style.of))?;
         mapped.content = self.content.as_ref().map(f).transpose()?;
         Ok(mapped)
     }
 
     /// The same without the content as well.
-    pub(crate) fn try_map_styles<U>(&self, mut f: impl FnMut(&T) -> Result<U>) -> Result<References<U>> {
-        let styles = self.counted().map(|style| Ok(style.with(f(&style.of)?))).collect::<Result<_>>()?;
+    pub(crate) fn try_map_styles<U>(&self, mut f: impl FnMut(&Style<T>) -> Result<U>) -> Result<References<U>> {
+        let styles = self.counted().map(|style| Ok(style.with(f(style)?))).collect::<Result<_>>()?;
         Ok(self.with(styles, None))
     }
 

@@ -8,7 +8,7 @@ use attention_distillation::{
     GradientDescent, Optimizer, Progress, References, Result, Scheduler, Spacing, Style, TotalLoss,
 };
 use tch::{Device, Kind, Tensor};
-use toy::{assert_same, difference, extractor, latents, number, relative, Toy, Trouble};
+use toy::{assert_same, difference, extractor, latents, number, Toy, Trouble};
 
 fn times(steps: usize) -> Vec<f64> {
     (0..steps).rev().map(|i| 1.0 + (1000 / steps * i) as f64).collect()
@@ -113,18 +113,17 @@ fn the_first_step_is_one_step_of_adam_on_the_gradient() {
 #[test]
 fn a_step_costs_what_it_must_and_no_more() {
     tch::set_num_threads(1);
-    // Styles of 4 x 4, the content of 6 x 8: a pass for each.
-    for (iterations, styles, passes) in [(1, 1, 2), (3, 1, 2), (2, 3, 4), (1, 4, 5)] {
+    for (iterations, styles) in [(1, 1), (3, 1), (2, 3)] {
         let mut toy = Toy::trainable(Kind::Float);
         let mut run = transfer(&toy, 4);
         run.iterations = iterations;
         run.references = References::styles((0..styles).map(|i| Style::new(latents(20 + i, 4, 4)))).with_content(latents(8, 6, 8));
         for step in 1..=4 {
             run.advance().unwrap();
-            assert_eq!(toy.forwards.get(), step * (passes + iterations));
+            assert_eq!(toy.forwards.get(), step * (styles as usize + 1 + iterations));
         }
         assert!(run.advance().unwrap().is_none());
-        assert_eq!(toy.forwards.get(), 4 * (passes + iterations), "nothing more to do costs nothing");
+        assert_eq!(toy.forwards.get(), 4 * (styles as usize + 1 + iterations), "nothing more to do costs nothing");
         assert_eq!(toy.deepest.get(), 4, "layers 2 and 3 are wanted: no pass enters layer 4");
         drop(run);
         assert!(!toy.weights_have_gradients(), "not even where they ask for one");
@@ -163,8 +162,7 @@ fn runs_with_one_style_share_its_features() {
     for (i, content) in contents.iter().enumerate() {
         let (expected, _) = finish(Style::new(style.of.shallow_clone()), content);
         let (picture, passes) = finish(style.shallow_clone(), content);
-        // In one pass with a content of its own size the style's features round otherwise.
-        assert!(relative(&picture, &expected) < 1e-4);
+        assert_same(&picture, &expected);
         assert_eq!(passes, if i == 0 { 9 } else { 6 }, "the style's passes are made once");
         assert_eq!(cache.len(), 3);
     }

@@ -158,7 +158,7 @@ impl<D: Denoiser, O: Optimizer> Step<'_, D, O> {
     }
 
     fn noised_styles(&mut self, timestep: f64) -> Result<References> {
-        self.references.try_map_styles(|clean| noised(self.scheduler, self.noise, clean, timestep))
+        self.references.try_map_styles(|clean| noised(self.scheduler, self.noise, &clean.of, timestep))
     }
 
     /// The styles' features and the content's latents; the noise of all is drawn before the first pass.
