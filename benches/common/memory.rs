@@ -9,12 +9,13 @@ use std::{env, fs};
 /// Of the benchmarks so far, in KiB: each begins to count anew.
 static PEAK: AtomicU64 = AtomicU64::new(0);
 
-/// A benchmark of the group, after which the peak of the process's memory in it is printed, and where memory stood before. What
-/// is freed need not go back to the system, so the peak alone says what a procedure needs, their difference at least what it adds.
+/// A benchmark of the group, after which the peak of the process's memory in it is printed, and where memory stood before: with
+/// models and pictures, so that the difference is what the procedure takes.
 ///
 /// On a GPU that is followed by what its driver says is in use, by all programs. libtorch gives nothing back to the driver, so that
 /// is the peak since this program began: to learn a benchmark's own, run it alone (`cargo bench -- NAME`).
 pub fn bench(group: &mut BenchmarkGroup<'_, WallTime>, device: Device, name: &str, mut f: impl FnMut(&mut Bencher<'_>)) {
+    release();
     let before = (begin_anew(), resident("VmRSS:"), on_gpu(device));
     let mut ran = false;
     group.bench_function(name, |b| {
@@ -27,19 +28,36 @@ pub fn bench(group: &mut BenchmarkGroup<'_, WallTime>, device: Device, name: &st
     }
     if let (true, Some(before), Some(peak)) = (before.0, before.1, resident("VmHWM:")) {
         PEAK.fetch_max(peak, Relaxed);
-        eprintln!("peak memory of \"{name}\": {} MiB ({} MiB before)", peak >> 10, before >> 10);
+        println!("peak memory of \"{name}\": {} MiB ({} MiB before)", peak >> 10, before >> 10);
     }
     if let (Some(before), Some(after)) = (before.2, on_gpu(device)) {
-        eprintln!("GPU memory in use after \"{name}\": {after} MiB ({before} MiB before)");
+        println!("GPU memory in use after \"{name}\": {after} MiB ({before} MiB before)");
     }
 }
 
 /// Last of a program's targets: the peak of the whole process.
 pub fn peak(_: &mut Criterion) {
     if let Some(now) = resident("VmHWM:") {
-        eprintln!("peak memory of the process: {} MiB", PEAK.load(Relaxed).max(now) >> 10);
+        println!("peak memory of the process: {} MiB", PEAK.load(Relaxed).max(now) >> 10);
     }
 }
+
+/// Has the allocator give back to the system what is free, or a benchmark would inherit the peak of those before it. glibc's alone
+/// needs to be told and can be.
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
+fn release() {
+    use libloading::os::unix::{Library, Symbol};
+    type Trim = unsafe extern "C" fn(usize) -> i32;
+    // SAFETY: the type is that of glibc's function, which may be called at any time; other C libraries have none of that name.
+    unsafe {
+        let trim: Result<Symbol<Trim>, _> = Library::this().get(b"malloc_trim\0");
+        trim.map(|trim| trim(0)).ok();
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn release() {}
 
 /// Sets the process's peak back to what it holds now; whether that worked. Linux has a file for it.
 fn begin_anew() -> bool {

@@ -12,7 +12,7 @@ use std::{path::Path, time::Duration};
 
 /// Few samples: calls take milliseconds to seconds, and `cargo bench` is to end within some eight minutes on two idle cores.
 pub fn criterion() -> Criterion {
-    Criterion::default().sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5)).without_plots()
+    Criterion::default().sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(4)).without_plots()
 }
 
 /// The GPU where there is one, and what networks run in there; says so once, since the numbers mean nothing without.
