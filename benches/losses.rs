@@ -9,7 +9,7 @@ use attention_distillation::tch::{self, Device, Kind, Tensor};
 use attention_distillation::{
     AdLoss, AttentionHook, AttentionSite, ContentLoss, Denoiser, Features, LabelMap, LayerFeatures, Loss, Qkv, References, Result, Style,
 };
-use common::{device_and_kind, finished};
+use common::{device_and_kind, finished, memory};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
 
 /// Side of the token grid, heads, width of a head; each shape stands for three layers.
@@ -59,10 +59,10 @@ fn bench(c: &mut Criterion, name: &str, layers: &Layers, labels: Option<LabelMap
 
     let mut group = c.benchmark_group(name);
     group.throughput(Throughput::Elements(tokens as u64));
-    group.bench_function("forward", |b| {
+    memory::bench(&mut group, device, "forward", |b| {
         b.iter(|| finished(device, || tch::no_grad(|| loss.evaluate(&picture, &references).unwrap())));
     });
-    group.bench_function("forward and backward", |b| {
+    memory::bench(&mut group, device, "forward and backward", |b| {
         b.iter(|| finished(device, || Tensor::run_backward(&[loss.evaluate(&leaves, &references).unwrap()], &inputs, false, false)));
     });
     group.finish();
@@ -88,6 +88,6 @@ fn losses(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = common::criterion();
-    targets = losses
+    targets = losses, memory::peak
 }
 criterion_main!(benches);

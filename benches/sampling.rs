@@ -1,6 +1,6 @@
 //! One step of guided sampling with the bundled model at 256 px: noise prediction with classifier-free guidance, DDIM, AdaIN,
-//! reference pass, descents; without and with a ControlNet, and with gradient checkpointing. And one step of an expansion.
-//! An element is a pixel.
+//! reference pass, descents; without and with a ControlNet, and with gradient checkpointing. One step of a style transfer by
+//! sampling, and of an expansion. An element is a pixel.
 #![allow(clippy::disallowed_methods, missing_docs)]
 
 mod common;
@@ -8,7 +8,7 @@ mod common;
 use attention_distillation::stable_diffusion::{Condition, ControlNet};
 use attention_distillation::tch::{Device, Kind, Tensor};
 use attention_distillation::{image, Guidance, GuidedSampler, Noise, References, Settings, StableDiffusion, Windows};
-use common::{device_and_kind, finished};
+use common::{device_and_kind, finished, memory};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -59,20 +59,16 @@ fn controlnet(model: &Path, folder: &Path) {
 }
 
 fn guided(c: &mut Criterion) {
-    let assets = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/assets"));
-    if !assets.join("mini").is_dir() {
-        eprintln!("skipped: there is no {}, the published package comes without it", assets.join("mini").display());
-        return;
-    }
+    let Some(folder) = common::model() else { return };
     let (device, kind) = device_and_kind();
-    let mut model = StableDiffusion::open(assets.join("mini"), device, kind).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    controlnet(&assets.join("mini"), folder.path());
-    let net = model.add_controlnet(ControlNet::open(folder.path(), device, kind).unwrap()).unwrap();
+    let mut model = StableDiffusion::open(folder, device, kind).unwrap();
+    let trained_by_none = tempfile::tempdir().unwrap();
+    controlnet(folder, trained_by_none.path());
+    let net = model.add_controlnet(ControlNet::open(trained_by_none.path(), device, kind).unwrap()).unwrap();
 
-    let picture = |name: &str| image::resize(&image::load(assets.join("pictures").join(name)).unwrap(), SIZE).unwrap();
-    let style = model.encode(&picture("style_cafe_terrace.png")).unwrap();
-    let edges = image::canny(&picture("content_chelsea.png"), image::CANNY_LOW, image::CANNY_HIGH).unwrap();
+    let style = model.encode(&common::picture_of("style_cafe_terrace.png", SIZE)).unwrap();
+    let photograph = common::picture_of("content_chelsea.png", SIZE);
+    let edges = image::canny(&photograph, image::CANNY_LOW, image::CANNY_HIGH).unwrap();
     let control = model.control(net, &edges, SIZE).unwrap();
 
     let mut group = c.benchmark_group(format!("guided sampling, bundled model, {} px", SIZE.0));
@@ -99,26 +95,38 @@ fn guided(c: &mut Criterion) {
         let schedule = model.ddim(50).unwrap();
         let mut run = GuidedSampler::new(model.extractor(SIZE).unwrap(), schedule, guidance, references, start.shallow_clone(), noise);
         (run.iterations, run.adain) = (iterations, true);
-        group.bench_function(name, |b| {
+        memory::bench(&mut group, device, name, |b| {
             b.iter(|| {
                 (run.step, run.latents) = (25, start.shallow_clone());
                 finished(device, || run.advance().unwrap())
             });
         });
     }
+    model.set_gradient_checkpointing(false);
+
+    // Of a style transfer by sampling: from noise without guidance, held to the photograph by the content loss.
+    let settings = model.settings(Settings::style_transfer_by_sampling()).unwrap();
+    let mut noise = Noise::seeded(0);
+    let start = model.noise(1, SIZE, &mut noise).unwrap();
+    let guidance = model.guidance(&[""], None, settings.guidance, SIZE).unwrap();
+    let references = References::style(style).with_content(model.encode(&photograph).unwrap());
+    let run = GuidedSampler::new(model.extractor(SIZE).unwrap(), model.ddim(50).unwrap(), guidance, references, start.shallow_clone(), noise);
+    let mut run = run.with_settings(&settings).unwrap();
+    memory::bench(&mut group, device, "step towards style and content", |b| {
+        b.iter(|| {
+            (run.step, run.latents) = (25, start.shallow_clone());
+            finished(device, || run.advance().unwrap())
+        });
+    });
     group.finish();
 }
 
 /// The style's noise and features once in a step, or for each batch of views as the authors do.
 fn expansion(c: &mut Criterion) {
-    let assets = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/assets"));
-    if !assets.join("mini").is_dir() {
-        return;
-    }
+    let Some(folder) = common::model() else { return };
     let (device, kind) = device_and_kind();
-    let model = StableDiffusion::open(assets.join("mini"), device, kind).unwrap();
-    let style = image::resize(&image::load(assets.join("pictures/style_cafe_terrace.png")).unwrap(), (128, 128)).unwrap();
-    let style = model.encode(&style).unwrap();
+    let model = StableDiffusion::open(folder, device, kind).unwrap();
+    let style = model.encode(&common::picture_of("style_cafe_terrace.png", (128, 128))).unwrap();
     let mut group = c.benchmark_group(format!("expansion, bundled model, {}x{} px", CANVAS.1, CANVAS.0));
     group.throughput(Throughput::Elements((CANVAS.0 * CANVAS.1) as u64));
     for (name, batch, per_batch) in [("views in batches of 4", 4, false), ("references per batch", 4, true), ("views one by one", 1, false)] {
@@ -128,7 +136,7 @@ fn expansion(c: &mut Criterion) {
         let run = GuidedSampler::new(model.extractor(CANVAS).unwrap(), model.ddim(50).unwrap(), guidance, references, start.shallow_clone(), noise);
         let windows = Windows::new(WINDOWS.0, WINDOWS.1).with_batch(batch).with_reference_per_batch(per_batch);
         let mut run = run.with_settings(&Settings::texture_expansion()).unwrap().with_windows(windows);
-        group.bench_function(name, |b| {
+        memory::bench(&mut group, device, name, |b| {
             b.iter(|| {
                 (run.step, run.latents) = (25, start.shallow_clone());
                 finished(device, || run.advance().unwrap())
@@ -141,6 +149,6 @@ fn expansion(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = common::criterion();
-    targets = guided, expansion
+    targets = guided, expansion, memory::peak
 }
 criterion_main!(benches);
