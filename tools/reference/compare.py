@@ -63,16 +63,16 @@ def arguments():
     return args
 
 
-def one_round(case, args, model, given, folder):
+def one_round(name, case, args, model, given, folder):
     """Each program once, and their pictures."""
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": WAIT_POLICY}
     programs = {"crate": [args.examples / case.task], "python": [sys.executable, REFERENCE, case.task]}
     ran, pictures = {}, {}
-    for name, program in programs.items():
-        output = folder / f"{name}.png"
-        print(f"{case.task}: {name}", file=sys.stderr, flush=True)
-        ran[name] = run([*program, "--model", model, *given, "--output", output], environment, args.device != "cpu")
-        pictures[name] = numpy.asarray(Image.open(output).convert("RGB"), dtype=numpy.float64)
+    for which, program in programs.items():
+        print(f"{name}: {which}", file=sys.stderr, flush=True)
+        output = folder / f"{which}.png"
+        ran[which] = run([*program, "--model", model, *given, "--output", output], environment, args.device != "cpu")
+        pictures[which] = numpy.asarray(Image.open(output).convert("RGB"), dtype=numpy.float64)
     crate, python = pictures["crate"], pictures["python"]
     if crate.shape != python.shape:
         raise SystemExit(f"error: pictures of {crate.shape} and {python.shape}; is --size a multiple of what the model takes?")
@@ -84,7 +84,7 @@ def compare(name, args, folder):
     size, steps, iterations = args.size or case.size, args.steps or case.steps, args.iterations or case.iterations
     model = model_folder(case, args, args.models or folder)
     given = flags(case, args, size) + picture_flags(case, model, size, folder)
-    rounds = [one_round(case, args, model, given, folder) for _ in range(args.rounds)]
+    rounds = [one_round(name, case, args, model, given, folder) for _ in range(args.rounds)]
     report = json.loads(rounds[-1][1].stdout.splitlines()[-1])
 
     weights = "the bundled model" if case.model == "bundled" else f"{case.model} architecture, random weights"

@@ -73,7 +73,8 @@ class DeviceMemory:
 
     def __init__(self):
         self.before = self.used()
-        self.peak, self.ended = 0, threading.Event()
+        self.of_process = self.of_all = 0
+        self.ended = threading.Event()
 
     def watch(self, pid):
         self.thread = threading.Thread(target=self.look, args=(pid,), daemon=True)
@@ -81,14 +82,14 @@ class DeviceMemory:
 
     def look(self, pid):
         while not self.ended.wait(POLL_SECONDS):
-            rows = [line.split(",") for line in ask("--query-compute-apps=pid,used_memory")]
-            own = [int(mib) for number, mib in rows if number.strip() == str(pid) and mib.strip().isdigit()]
-            self.peak = max(self.peak, sum(own) if own else self.used() - self.before)
+            rows = [re.fullmatch(r"(\d+), (\d+)", line.strip()) for line in ask("--query-compute-apps=pid,used_memory")]
+            self.of_process = max(self.of_process, sum(int(row[2]) for row in rows if row and int(row[1]) == pid))
+            self.of_all = max(self.of_all, self.used() - self.before)
 
     def stop(self):
         self.ended.set()
         self.thread.join()
-        return float(self.peak)
+        return float(self.of_process or self.of_all)
 
     @staticmethod
     def used():

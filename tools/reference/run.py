@@ -13,6 +13,7 @@ Progress goes to stderr: `step 0/N` before the first step, then a line with the 
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -97,9 +98,11 @@ class Steps:
     def __call__(self, step, loss):
         self.ends.append(self.clock.now())
         said = ""
-        if step > 0:
-            self.losses.append(float(f"{loss:.6g}"))
-            said = f" loss {loss:#.6g}"
+        if loss is not None:
+            # A step without a descent has no loss.
+            has_loss = not math.isnan(loss)
+            self.losses.append(float(f"{loss:.6g}") if has_loss else None)
+            said = f" loss {loss:#.6g}" if has_loss else ""
         print(f"step {step}/{self.steps}{said}", file=sys.stderr, flush=True)
 
     @property
