@@ -58,7 +58,8 @@ def arguments():
         if case not in CASES:
             parser.error(f"no case is called {case}; there are {', '.join(CASES)}")
     for name in ("steps", "iterations", "rounds", "threads"):
-        if (getattr(args, name) or 1) < 1:
+        number = getattr(args, name)
+        if number is not None and number < 1:
             parser.error(f"--{name} is at least 1")
     return args
 

@@ -99,4 +99,7 @@ class DeviceMemory:
 def ask(query):
     """Lines of numbers, memory in MiB."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"error: nvidia-smi: {error}") from error
