@@ -5,12 +5,13 @@ CARGO ?= cargo
 PYTHON ?= python3
 CONTENT ?= assets/pictures/content_astronaut.png
 STYLE ?= assets/pictures/style_harvest.png
+CASES ?= bundled-256
 
 # `doc-only` does without libtorch, so nothing that is linked can be built with it; `download-libtorch` adds no code.
 FEATURE_SETS = "--no-default-features" "" "--features hub"
 
 .DEFAULT_GOAL := help
-.PHONY: help libtorch demo test lint doc bench reference fixtures clean
+.PHONY: help libtorch demo test lint doc bench compare reference fixtures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +44,10 @@ doc: libtorch ## the documentation
 
 bench: libtorch ## the benchmarks
 	$(CARGO) bench
+
+compare: libtorch ## the crate beside plain Python, CASES='NAME ..' COMPARE='--FLAG ..'; PYTHON as for reference
+	$(CARGO) build --release --example style_transfer --example text_to_image --example texture_expansion
+	$(PYTHON) tools/reference/compare.py $(CASES) $(COMPARE)
 
 reference: ## whether diffusers loads what is saved; PYTHON needs the packages of tools/reference/requirements.txt
 	$(CARGO) build --release --example finetune_vae

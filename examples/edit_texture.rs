@@ -54,8 +54,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let references = common::references(&model, &styles, Some(&layout))?;
     let latents = references.content.as_ref().map_or_else(|| model.encode(&layout), |latents| Ok(latents.shallow_clone()))?;
 
-    let mut extractor = model.extractor(size)?;
-    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+    let extractor = common::extractor(&model, &settings, size)?;
     let mut noise = Noise::seeded(shared.seed);
     let start = model.noise(1, size, &mut noise)?;
     let guidance = model.guidance(&[""], None, settings.guidance, size)?;

@@ -55,8 +55,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let styles = common::scaled_to_area(&model, &styles, size)?;
     let references = common::references(&model, &styles, content.as_ref())?;
 
-    let mut extractor = model.extractor(size)?;
-    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+    let extractor = common::extractor(&model, &settings, size)?;
     let mut noise = Noise::seeded(shared.seed);
     let (result, _) = if flags.method == Method::Sample {
         let start = model.noise(1, size, &mut noise)?;

@@ -76,8 +76,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     for (count, guidance) in batches {
         let mut noise = Noise::seeded(shared.seed.wrapping_add(done as u64));
         let start = model.noise(count as i64, size, &mut noise)?;
-        let mut extractor = model.extractor(size)?;
-        extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+        let extractor = common::extractor(&model, &settings, size)?;
         let references = references.shallow_clone();
         let run = GuidedSampler::new(extractor, ddim.clone(), guidance, references, start, noise);
         let own: Vec<_> = files.iter().skip(done).take(count).cloned().collect();

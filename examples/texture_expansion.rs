@@ -73,8 +73,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     }
     model.check_windows(&windows, size, &references)?;
 
-    let mut extractor = model.extractor(size)?;
-    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+    let extractor = common::extractor(&model, &settings, size)?;
     let mut noise = Noise::seeded(shared.seed);
     let canvas = [1, model.unet().in_channels(), size.0 / factor, size.1 / factor];
     let start = noise.draw(&Tensor::f_zeros(canvas, (Kind::Float, model.device()))?)?;

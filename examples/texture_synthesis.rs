@@ -83,8 +83,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         references = regions.of(references, model.device())?;
     }
 
-    let mut extractor = model.extractor(size)?;
-    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+    let extractor = common::extractor(&model, &settings, size)?;
     let mut noise = Noise::seeded(shared.seed);
     let start = model.noise(flags.count.into(), size, &mut noise)?;
     let (pictures, _) = if flags.method == Method::Sample {

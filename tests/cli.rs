@@ -20,6 +20,14 @@ fn place() -> Place {
 
 const QUICK: [&str; 6] = ["--content", "content.png", "--style", "style.png", "--steps", "2"];
 
+/// Of the loss that a line of progress goes on with, up to its comma.
+#[track_caller]
+fn significant_digits(line: &str) -> usize {
+    let (loss, _) = line.split_once(", ").unwrap();
+    assert!(loss.parse::<f64>().unwrap() > 0.0, "{line}");
+    loss.replace('.', "").trim_start_matches('0').len()
+}
+
 // ---- what it does
 
 #[test]
@@ -28,8 +36,11 @@ fn writes_a_picture_and_prints_its_path_last() {
     let outcome = place.run(&[&QUICK[..], &["--device", "cpu", "--output", "a.png"]].concat());
     finished(&outcome, "a.png");
     let (_, stderr) = texts(&outcome);
-    assert!(stderr.lines().any(|line| line.starts_with("step 1/2 loss ")), "{stderr}");
-    assert!(stderr.lines().any(|line| line.starts_with("step 2/2 loss ")), "{stderr}");
+    let [begun, first, last] = stderr.lines().collect::<Vec<_>>()[..] else { panic!("three lines of progress expected: {stderr}") };
+    assert_eq!(begun, "step 0/2");
+    for (line, step) in [(first, "step 1/2 loss "), (last, "step 2/2 loss ")] {
+        assert_eq!(significant_digits(line.strip_prefix(step).unwrap()), 6, "{line}");
+    }
     assert!(fs::read(place.path("a.png")).unwrap().starts_with(b"\x89PNG"));
     // The content's own size.
     assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (48, 40));
@@ -230,7 +241,7 @@ fn ctrl_c_writes_what_there_is() {
     let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
-    while !line.starts_with("step ") {
+    while !line.starts_with("step ") || line == "step 0/400\n" {
         line.clear();
         assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
     }

@@ -17,7 +17,7 @@ pub use prompts::PromptFlags;
 pub use regions::RegionFlags;
 pub use tile::Tile;
 
-use attention_distillation::{image, tch::Tensor, References, Result, Settings, StableDiffusion, Style};
+use attention_distillation::{image, tch::Tensor, Error, FeatureExtractor, References, Result, Settings, StableDiffusion, Style};
 use std::{io::IsTerminal, io::Write, path::PathBuf, process::ExitCode};
 
 /// Ends an example: the last lines on stdout are the paths that it wrote; an error is one line on stderr and status 1.
@@ -89,6 +89,17 @@ pub fn output_size(model: &StableDiffusion, shared: &Shared, settings: &Settings
 pub fn scaled_to_area(model: &StableDiffusion, pictures: &[Tensor], (height, width): (i64, i64)) -> Result<Vec<Tensor>> {
     let factor = model.vae().factor();
     pictures.iter().map(|picture| image::resize(picture, image::size_of_area(image::size(picture)?, height * width, factor)?)).collect()
+}
+
+/// What looks at the features, in the layers of the settings. A network that has not so many is found out here, before the run.
+pub fn extractor<'m>(model: &'m StableDiffusion, settings: &Settings, size: (i64, i64)) -> Result<FeatureExtractor<&'m StableDiffusion>> {
+    let mut extractor = model.extractor(size)?;
+    extractor.layers = settings.layers.clone().unwrap_or(extractor.layers);
+    let network = model.unet().self_attention_layers();
+    if extractor.layers.end > network {
+        return Err(Error::MissingLayers { layers: extractor.layers, network });
+    }
+    Ok(extractor)
 }
 
 /// The latents of styles and content.

@@ -1,7 +1,7 @@
 //! Running to the end, with a bar on a terminal and plain lines elsewhere, previews, and Ctrl-C.
 
 use super::{save, Shared};
-use attention_distillation::tch::{Device, Tensor};
+use attention_distillation::tch::{Device, Kind, Tensor};
 use attention_distillation::{Denoiser, Distiller, GuidedSampler, Optimizer, Progress, Result, StableDiffusion};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
@@ -85,6 +85,10 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
         bar.set_position(first as u64);
         bar.reset_eta();
     });
+    if bar.is_none() {
+        wait_for(run.latents())?;
+        eprintln!("step {first}/{steps}");
+    }
     let started = Instant::now();
     while let Some(progress) = run.advance()? {
         let step = progress.step;
@@ -92,7 +96,7 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
         let shown = step == steps || step % (steps / 10).max(1) == 0;
         if shown || (bar.is_some() && model.device() == Device::Cpu) {
             run.check()?;
-            let loss = progress.loss()?.map_or(String::new(), |loss| format!(" loss {loss:.4}"));
+            let loss = progress.loss()?.map_or(String::new(), |loss| format!(" loss {}", six_digits(loss)));
             let left = started.elapsed().as_secs_f64() / (step - first) as f64 * (steps - step) as f64;
             match &bar {
                 Some(bar) => bar.set_message(loss.trim_start().to_owned()),
@@ -115,4 +119,19 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
     }
     bar.iter().for_each(ProgressBar::finish_and_clear);
     Ok((model.decode(run.latents())?, !stopped()))
+}
+
+/// All work given to the latents' device so far: what made ready is not to count as a step.
+fn wait_for(latents: &Tensor) -> Result<()> {
+    if latents.device() != Device::Cpu {
+        latents.f_sum(Kind::Float)?.f_double_value(&[])?;
+    }
+    Ok(())
+}
+
+/// A loss with six significant digits, enough to compare it with another program's.
+fn six_digits(loss: f64) -> String {
+    let whole_digits = if loss == 0.0 { 1 } else { loss.abs().log10().floor() as i64 + 1 };
+    let decimals = usize::try_from(6 - whole_digits).unwrap_or(0);
+    format!("{loss:.decimals$}")
 }

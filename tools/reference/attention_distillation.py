@@ -2,7 +2,9 @@
 
 This is what the crate's tests compare themselves with, so it favours being easy
 to check over being fast: one forward pass per reference, one forward and one
-backward pass for the picture, everything in f32.
+backward pass for the picture, everything in f32. For timing it can also be run as the
+authors run theirs, with bf16 or f16 weights, on a GPU, and without ending passes early
+(`run.py`).
 
     model = Model.open("folder")
     style, content = model.encode(style_picture), model.encode(content_picture)
@@ -12,6 +14,7 @@ backward pass for the picture, everything in f32.
 Pictures are (B, 3, H, W) in 0..1.
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -83,16 +86,24 @@ def expanded(condition, batch):
 class Network:
     """A UNet whose self-attention layers can be looked at."""
 
-    def __init__(self, unet):
-        self.unet = unet.float().eval().requires_grad_(False)
+    stop_early = True
+    """Whether a look at the features ends the pass after the last of them; the authors' goes on to the end."""
+    autocast = True
+    """For weights that are not f32: whether passes run under autocast, as they do where accelerate has prepared the
+    network, or on latents cast to the weights' type."""
+
+    def __init__(self, unet, device="cpu", dtype=torch.float32):
+        self.unet = unet.to(device, dtype).eval().requires_grad_(False)
+        self.device, self.dtype = torch.device(device), dtype
+        # f16 gradients are too small without it; for other types it does nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.recorder = Recorder()
         unet.set_attn_processor({name: RecordedAttention(self.recorder) for name in unet.attn_processors})
         self.layer_count = sum(".attn1." in name for name in unet.attn_processors)
 
     @classmethod
-    def open(cls, folder):
-        # The plain loader: the memory-saving one gives the same weights, slower for small files.
-        return cls(UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False))
+    def open(cls, folder, device="cpu", dtype=torch.float32):
+        return cls(load(UNet2DConditionModel, folder, dtype), device, dtype)
 
     def last(self, count=6):
         return range(self.layer_count - count, self.layer_count)
@@ -103,24 +114,49 @@ class Network:
         `residuals` are a ControlNet's: the list for the way down, and the one for the middle.
         """
         down, middle = residuals
-        return self.unet(
-            latents,
-            timestep,
-            **expanded(condition, latents.shape[0]),
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-        ).sample
+        mixed = self.dtype != torch.float32
+        if mixed and not self.autocast:
+            latents = latents.to(self.dtype)
+        if not torch.is_tensor(timestep):
+            # A number would have to be copied to a GPU, and the copy waited for, in each pass.
+            timestep = torch.full((1,), timestep, device=latents.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=mixed and self.autocast):
+            prediction = self.unet(
+                latents,
+                timestep,
+                **expanded(condition, latents.shape[0]),
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+            ).sample
+        return prediction.float()
 
     def features(self, latents, timestep, condition, layers):
-        self.recorder.begin(layers, stop=True)
+        self.recorder.begin(layers, stop=self.stop_early)
         try:
             self.predict(latents, timestep, condition)
         except Stopped:
             pass
         found = self.recorder.layers
         assert len(found) == len(layers), f"{len(found)} of {len(layers)} layers found"
+        # Also because the backward pass of a checkpointed network goes through its layers again.
         self.recorder.begin(range(0))
         return found
+
+    def descend(self, optimizer, loss):
+        """One step of the optimizer down a loss."""
+        optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+def load(kind, folder, dtype=torch.float32):
+    """One of diffusers' networks, with its weights as `dtype`."""
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    # Two loaders with the same outcome. The plain one is faster for small files; the other one, which needs accelerate and
+    # is what diffusers takes by itself then, does not first fill the network with random numbers in f32.
+    saving = size > 1 << 28 and importlib.util.find_spec("accelerate") is not None
+    return kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=saving)
 
 
 def ad_loss(picture, styles, sharpness=1.0, mask=None):
@@ -159,16 +195,16 @@ class Model:
     layers: range
 
     @classmethod
-    def open(cls, folder, layers=None):
+    def open(cls, folder, layers=None, device="cpu", dtype=torch.float32):
         folder = Path(folder)
-        network = Network.open(folder / "unet")
-        vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False).float().eval().requires_grad_(False)
+        network = Network.open(folder / "unet", device, dtype)
+        vae = open_vae(folder, device, dtype)
         # Whichever solver the folder names, its settings describe a DDIM schedule too.
         scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
         if (folder / "text_encoder").is_dir():
-            null = encode_prompt(folder, "")
+            null = encode_prompt(folder, "", device, dtype)
         else:
-            null = torch.zeros(1, 1, network.unet.config.cross_attention_dim)
+            null = torch.zeros(1, 1, network.unet.config.cross_attention_dim, device=device, dtype=dtype)
         return cls(network, vae, scheduler, null, layers or network.last())
 
     def timesteps(self, steps):
@@ -187,28 +223,33 @@ class Model:
         return (decode(self.vae, latents) / 2 + 0.5).clamp(0, 1)
 
 
+def open_vae(folder, device="cpu", dtype=torch.float32):
+    return load(AutoencoderKL, Path(folder) / "vae", dtype).to(device).eval().requires_grad_(False)
+
+
 def encode(vae, pixels):
     """Pixels in -1..1 to latents at the network's scale: the posterior's mean, no draw."""
-    mean = vae.encode(pixels).latent_dist.mean
+    mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
     return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def decode(vae, latents):
     """The other way; values may lie outside -1..1."""
-    return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
+    scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(scaled.to(vae.device, vae.dtype)).sample.float()
 
 
-def encode_prompt(folder, prompt):
+def encode_prompt(folder, prompt, device="cpu", dtype=torch.float32):
     # Here, because a folder without text encoder needs none of transformers.
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(Path(folder) / "text_encoder").float().eval()
+    encoder = CLIPTextModel.from_pretrained(Path(folder) / "text_encoder", torch_dtype=dtype).to(device).eval()
     ids = tokenizer(
         prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
     with torch.no_grad():
-        return encoder(ids).last_hidden_state
+        return encoder(ids.to(device)).last_hidden_state
 
 
 @dataclass
@@ -230,10 +271,15 @@ def optimise(
     mask=None,
     progress=None,
 ):
-    """Moves `start` towards the styles, one timestep after the other; all arguments are latents."""
+    """Moves `start` towards the styles, one timestep after the other; all arguments are latents.
+
+    `progress` is called with the steps done and their last loss, first with 0 and none.
+    """
     latents = start.detach().clone().requires_grad_(True)
     optimizer = torch.optim.Adam([latents], lr=learning_rate)
     run = Run(latents.detach())
+    if progress:
+        progress(0, None)
     for step, timestep in enumerate(model.timesteps(steps)):
         with torch.no_grad():
             # Clean references: the timestep only tells the network where to look.
@@ -244,9 +290,7 @@ def optimise(
             loss = ad_loss(picture, style_features, mask=mask)
             if content_weight:
                 loss = loss + content_weight * content_loss(picture, content_features)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            model.network.descend(optimizer, loss)
         run.losses.append(loss.item())
         if progress:
             progress(step + 1, run.losses[-1])

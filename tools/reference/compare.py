@@ -1,130 +1,154 @@
-"""Sets the crate's style transfer beside the plain Python one: the same job, on the CPU, in turns.
+"""Sets the crate beside plain Python as the authors run it: the same job, weights and machine, in turns.
 
-    cargo build --release --example style_transfer
-    python tools/reference/compare.py target/release/examples/style_transfer assets/mini \\
-        --content a.png --style b.png --size 256x256 --steps 20 --iterations 3
+    cargo build --release --examples
+    python tools/reference/compare.py                            # the bundled model at 256 px
+    python tools/reference/compare.py sd15-512 sdxl-1024 --device cuda --dtype bf16 --models models
 
-Prints a table in Markdown and writes nothing else. Each figure is the median of the rounds.
-
-The start-up to the first step is measured by the clock of this program. Python says itself when its first step begins.
-The crate's example is run once more per round, for a few steps of one iteration: it is the time at which it reports
-its first step, less the median of the steps after it. What the first step costs above the others counts as start-up,
-so the figure is on the high side.
+Prints tables in Markdown, and writes nothing else but models of random weights, in a temporary folder or where --models
+says. Each figure is the median of the rounds, and all are taken from outside, by the clock of this program. Of the networks
+of full size it takes few timesteps; --steps says how many.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy
 from PIL import Image
 
-from time_style_transfer import size
+from cases import CASES, flags, model_folder, picture_flags, view_batches
+from measure import ask, run
 
-REFERENCE = Path(__file__).with_name("time_style_transfer.py")
-PROGRESS = re.compile(r"step (\d+)/\d+ ")
-START_UP_STEPS = 5
-# The same for both programs. Spinning is faster by a third on an idle machine, and slower by far on a busy one.
+REFERENCE = Path(__file__).with_name("run.py")
+# The same for both programs. Spinning is faster on some idle machines, and slower by far on a busy one.
 WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 
-class Ran(NamedTuple):
-    stdout: str
-    steps: list
-    """(steps done, seconds since the start) for each line of progress."""
-    seconds: float
-    peak_rss_mib: float
-
-
-def run(command, environment):
-    start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    steps, lines = [], []
-    for line in process.stderr:
-        if match := PROGRESS.match(line):
-            steps.append((int(match[1]), time.monotonic() - start))
-        lines.append(line)
-    stdout = process.stdout.read()
-    # Unlike wait(), says what the process used.
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"error: status {process.returncode} of {' '.join(map(str, command))}\n{''.join(lines)}")
-    return Ran(stdout, steps, seconds, usage.ru_maxrss / 1024)
-
-
-def median_step(ran):
-    """Seconds per step, from the lines after the first step."""
-    spans = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(ran.steps, ran.steps[1:])]
-    if not spans:
-        raise SystemExit("error: the example reported fewer than two steps; is --steps at least 2?")
-    return statistics.median(spans)
+def size(text):
+    width, _, height = text.partition("x")
+    return int(width), int(height or width)
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("example", type=Path, help="the crate's example style_transfer, built with --release")
-    parser.add_argument("model", type=Path, help="folder in diffusers layout whose layers are the last six")
-    parser.add_argument("--content", required=True)
-    parser.add_argument("--style", required=True, action="append", help="may be given several times")
-    parser.add_argument("--size", type=size, default=(256, 256), metavar="WxH", help="multiples of what the model takes")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--content-weight", type=float, default=0.2)
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: the first")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("f32", "bf16", "f16"), default="f32")
+    parser.add_argument("--low-memory", action="store_true", help="gradient checkpointing in both programs")
+    parser.add_argument("--examples", type=Path, default=Path("target/release/examples"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="where random models are kept, or found")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a model of one's own in place of the case's")
+    parser.add_argument("--size", type=size, metavar="WxH", help="multiples of what the model takes; default: the case's")
+    parser.add_argument("--steps", type=int, metavar="N", help="timesteps; default: the case's")
+    parser.add_argument("--iterations", type=int, metavar="N", help="Adam steps per timestep; default: the case's")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores")
     args = parser.parse_args()
-    if args.steps < 2 or args.rounds < 1:
-        parser.error("needs at least 2 steps and 1 round")
+    args.cases = args.cases or [next(iter(CASES))]
+    for case in args.cases:
+        if case not in CASES:
+            parser.error(f"no case is called {case}; there are {', '.join(CASES)}")
+    for name in ("steps", "iterations", "rounds", "threads"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            parser.error(f"--{name} is at least 1")
     return args
 
 
-def scaled(path, size, to):
-    """Both programs get pictures of the right size, which they use untouched, so that none is scaled in two ways."""
-    Image.open(path).convert("RGB").resize(size, Image.Resampling.BICUBIC).save(to)
-    return str(to)
-
-
-def one_round(args, content, styles, folder):
+def one_round(name, case, args, model, given, folder):
+    """Each program once, and their pictures."""
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": WAIT_POLICY}
-    ours, theirs = folder / "crate.png", folder / "python.png"
+    programs = {"crate": [args.examples / case.task], "python": [sys.executable, REFERENCE, case.task]}
+    ran, pictures = {}, {}
+    for which, program in programs.items():
+        print(f"{name}: {which}", file=sys.stderr, flush=True)
+        output = folder / f"{which}.png"
+        ran[which] = run([*program, "--model", model, *given, "--output", output], environment, args.device != "cpu")
+        pictures[which] = numpy.asarray(Image.open(output).convert("RGB"), dtype=numpy.float64)
+    crate, python = pictures["crate"], pictures["python"]
+    if crate.shape != python.shape:
+        raise SystemExit(f"error: pictures of {crate.shape} and {python.shape}; is --size a multiple of what the model takes?")
+    return ran["crate"], ran["python"], numpy.abs(crate - python).mean()
 
-    def flags(steps, iterations, output):
-        numbers = {"--steps": steps, "--iterations": iterations, "--content-weight": args.content_weight, "--lr": args.lr}
-        pictures = ["--content", content, "--size", "{}x{}".format(*args.size), "--output", output]
-        for style in styles:
-            pictures += ["--style", style]
-        return pictures + [str(part) for pair in numbers.items() for part in pair]
 
-    example = [args.example, "--model", args.model, "--device", "cpu", "--dtype", "f32"]
-    short = run(example + flags(START_UP_STEPS, 1, folder / "short.png"), environment)
-    crate = run(example + flags(args.steps, args.iterations, ours), environment)
-    reference = [sys.executable, REFERENCE, args.model, "--threads", str(args.threads)]
-    python = run(reference + flags(args.steps, args.iterations, theirs), environment)
-    report = json.loads(python.stdout.splitlines()[-1])
+def compare(name, args, folder):
+    case = CASES[name]
+    size, steps, iterations = args.size or case.size, args.steps or case.steps, args.iterations or case.iterations
+    model = model_folder(case, args, args.models or folder)
+    given = flags(case, args, size) + picture_flags(case, model, size, folder)
+    rounds = [one_round(name, case, args, model, given, folder) for _ in range(args.rounds)]
+    report = json.loads(rounds[-1][1].stdout.splitlines()[-1])
 
-    first, at = short.steps[0]
-    ours, theirs = (numpy.asarray(Image.open(path).convert("RGB"), dtype=numpy.float64) for path in (ours, theirs))
-    if ours.shape != theirs.shape:
-        raise SystemExit(f"error: pictures of {ours.shape} and {theirs.shape}; is --size a multiple of what the model takes?")
-    return {
-        "whole command": (crate.seconds, python.seconds),
-        "start-up to the first step": (at - first * median_step(short), report["to_first_step_s"]),
-        "one timestep": (median_step(crate), report["step_s"]),
-        "one Adam step": (median_step(crate) / args.iterations, report["step_s"] / args.iterations),
-        "peak memory": (crate.peak_rss_mib, python.peak_rss_mib),
-        "difference": numpy.abs(ours - theirs).mean(),
-    }
+    weights = "the bundled model" if case.model == "bundled" else f"{case.model} architecture, random weights"
+    of_authors = f" (the authors take {case.authors_steps})" if case.authors_steps not in (None, steps) else ""
+    batches = view_batches(case, model, size)
+    in_batches = f" for each of {batches} batches of views" if batches > 1 else ""
+    print(f"## {name}\n")
+    print(f"{case.task}, {args.model or weights}, {size[0]}x{size[1]}, {args.dtype}{', low memory' if args.low_memory else ''}; ", end="")
+    print(f"timesteps: {steps}{of_authors}, Adam steps in each: {iterations}{in_batches}; median of {args.rounds} round(s), in turns.\n")
+    table([(crate, python) for crate, python, _ in rounds], iterations * batches)
+    if "peak_allocated_mib" in report:
+        print(f"\nOf its device memory Python had {report['peak_allocated_mib']:.0f} MiB in tensors at most; ", end="")
+        print("the rest is CUDA's, the libraries', and what libtorch keeps for later.")
+    crate, python, difference = rounds[-1]
+    losses(crate, python)
+    print(f"\nThe pictures differ by {difference:.3f} grey levels of 255 on average.\n", flush=True)
+
+
+def table(rounds, adam_steps):
+    """Medians of (crate, Python) in the rounds."""
+    rows = [
+        ("whole command", "s", lambda ran: ran.seconds),
+        ("start-up to the first step", "s", lambda ran: ran.start_up),
+        ("one timestep", "s", lambda ran: ran.step),
+        ("one Adam step, with its share of the timestep", "s", lambda ran: ran.step / adam_steps),
+        ("peak memory", "MiB", lambda ran: ran.host_mib),
+        ("peak device memory", "MiB", lambda ran: ran.device_mib),
+    ]
+    print("| | crate | plain Python | Python / crate |\n|---|--:|--:|--:|")
+    for row, unit, figure in rows:
+        crate, python = ([figure(ran) for ran in column] for column in zip(*rounds))
+        if None in crate:
+            continue
+        crate, python = statistics.median(crate), statistics.median(python)
+        digits = 0 if unit == "MiB" else 3
+        ratio = f"{python / crate:.2f}" if crate else ""
+        print(f"| {row} | {crate:.{digits}f} {unit} | {python:.{digits}f} {unit} | {ratio} |")
+
+
+def losses(crate, python):
+    """Side by side, of the steps of which the crate's example says them: in a long run not all."""
+    print("\n| step | loss, crate | loss, plain Python | relative difference |\n|--:|--:|--:|--:|")
+    largest = 0.0
+    for step, ours in crate.losses.items():
+        theirs = python.losses[step]
+        difference = abs(ours - theirs) / abs(theirs)
+        largest = max(largest, difference)
+        print(f"| {step} | {ours:#.6g} | {theirs:#.6g} | {difference:.1e} |")
+    print(f"\nThe largest relative difference of the losses is {largest:.1e}.")
+
+
+def header(args):
+    """What the figures depend on, besides the case."""
+    parts = [f"{processor()}, {os.cpu_count()} cores, {args.threads} threads (`OMP_WAIT_POLICY={WAIT_POLICY}`)"]
+    if args.device != "cpu":
+        _, _, number = args.device.partition(":")
+        parts.insert(0, ask("--query-gpu=name")[int(number or 0)])
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers")]
+    lean = "with" if importlib.util.find_spec("accelerate") else "without"
+    parts.append(f"crate: libtorch {libtorch(args.examples / CASES[args.cases[0]].task)}")
+    parts.append(f"Python: {', '.join(versions)}, {lean} accelerate")
+    print("; ".join(parts) + ".\n")
+    print(f"`{shlex.join(['compare.py', *sys.argv[1:]])}`\n", flush=True)
 
 
 def processor():
@@ -134,24 +158,31 @@ def processor():
     return "unknown processor"
 
 
+def libtorch(example):
+    """The version of the library that an example is linked to."""
+    linked = subprocess.run(["ldd", example], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"libtorch_cpu\.so => (\S+)", linked)
+    if not found:
+        return "unknown"
+    # The Python package has the first file, the plain archive the second.
+    folder = Path(found[1]).parents[1]
+    for name in ("version.py", "build-version"):
+        if (folder / name).is_file() and (version := re.search(r"\d+\.\d+\.\d+[^'\s]*", (folder / name).read_text())):
+            return version[0]
+    return "unknown"
+
+
 def main():
     args = arguments()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        content = scaled(args.content, args.size, folder / "content.png")
-        styles = [scaled(style, args.size, folder / f"style{i}.png") for i, style in enumerate(args.style)]
-        rounds = [one_round(args, content, styles, folder) for _ in range(args.rounds)]
-
-    width, height = args.size
-    print(f"{processor()}, {os.cpu_count()} cores, {args.threads} threads ({WAIT_POLICY}); {width}x{height}, {len(styles)} style(s), ", end="")
-    print(f"{args.steps} timesteps of {args.iterations} Adam step(s); median of {args.rounds} round(s) in turns\n")
-    print("| | crate | plain Python | Python / crate |\n|---|--:|--:|--:|")
-    for row in ("whole command", "start-up to the first step", "one timestep", "one Adam step", "peak memory"):
-        crate, python = (statistics.median(column) for column in zip(*(values[row] for values in rounds)))
-        unit, digits = ("MiB", 0) if row == "peak memory" else ("s", 3)
-        print(f"| {row} | {crate:.{digits}f} {unit} | {python:.{digits}f} {unit} | {python / crate:.2f} |")
-    difference = statistics.median(values["difference"] for values in rounds)
-    print(f"\nThe pictures differ by {difference:.3f} grey levels of 255 on average.")
+    if args.models:
+        args.models.mkdir(parents=True, exist_ok=True)
+    for case in args.cases:
+        if not (args.examples / CASES[case].task).is_file():
+            raise SystemExit(f"error: no {args.examples / CASES[case].task}; run `cargo build --release --examples`")
+    header(args)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in args.cases:
+            compare(case, args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -147,6 +147,11 @@ def main():
         write_part(arguments.folder, part, arguments.architecture, pool, arguments.dtype)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     scheduler.save_config(arguments.folder / "scheduler")
+    # As SDXL's own: no negative prompt means zeros.
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    if arguments.architecture != "sdxl":
+        index = {"_class_name": "StableDiffusionPipeline"}
+    (arguments.folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 if __name__ == "__main__":

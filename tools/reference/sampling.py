@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from attention_distillation import Model, Network, ad_loss, content_loss, expanded
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler
+from attention_distillation import Model, Network, ad_loss, content_loss, expanded, open_vae
+from diffusers import ControlNetModel, DDIMScheduler
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -33,28 +33,35 @@ class Sampler(Model):
     """Whether no negative prompt means zeros, and not an empty text."""
 
     @classmethod
-    def open(cls, folder, layers=None):
+    def open(cls, folder, layers=None, device="cpu", dtype=torch.float32):
         folder = Path(folder)
         index = json.loads((folder / "model_index.json").read_text())
-        network = Network.open(folder / "unet")
-        vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False).float().eval().requires_grad_(False)
+        network = Network.open(folder / "unet", device, dtype)
+        vae = open_vae(folder, device, dtype)
         scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
-        encoders = [open_encoder(CLIPTextModel, folder)]
+        encoders = []
+        if (folder / "text_encoder").is_dir():
+            encoders.append(open_encoder(CLIPTextModel, folder, "", device, dtype))
         if (folder / "text_encoder_2").is_dir():
-            encoders.append(open_encoder(CLIPTextModelWithProjection, folder, "_2"))
+            encoders.append(open_encoder(CLIPTextModelWithProjection, folder, "_2", device, dtype))
         zero_negative = len(encoders) == 2 and index.get("force_zeros_for_empty_prompt", True)
         return cls(network, vae, scheduler, None, layers or network.last(), encoders, zero_negative)
 
     @torch.no_grad()
     def encode_prompts(self, prompts, size):
-        """The condition of a list of prompts: the text or, for SDXL, what `Network.predict` takes in its place."""
+        """The condition of a list of prompts: the text or, for SDXL, what `Network.predict` takes in its place. A model
+        without text encoder knows one prompt, the empty one, which is zeros."""
+        device, dtype = self.network.device, self.network.dtype
+        if not self.encoders:
+            assert not any(prompts), "the model has no text encoder"
+            return torch.zeros(len(prompts), 1, self.network.unet.config.cross_attention_dim, device=device, dtype=dtype)
         ids = [
             tokenizer(
                 prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
             ).input_ids
             for tokenizer, _ in self.encoders
         ]
-        outputs = [encoder(rows, output_hidden_states=True) for rows, (_, encoder) in zip(ids, self.encoders)]
+        outputs = [encoder(rows.to(device), output_hidden_states=True) for rows, (_, encoder) in zip(ids, self.encoders)]
         if len(outputs) == 1:
             return outputs[0].last_hidden_state
         width, height = size
@@ -63,7 +70,7 @@ class Sampler(Model):
             "text": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
             "pooled": outputs[1].text_embeds,
             # The original size, the corner of the crop, and the size wanted.
-            "time_ids": torch.tensor([[height, width, 0.0, 0.0, height, width]]),
+            "time_ids": torch.tensor([[height, width, 0.0, 0.0, height, width]], device=device),
         }
 
     def encode_negative(self, negative, like, size):
@@ -73,9 +80,9 @@ class Sampler(Model):
         return self.encode_prompts([negative or ""] * len(text), size)
 
 
-def open_encoder(kind, folder, suffix=""):
-    encoder = kind.from_pretrained(folder / f"text_encoder{suffix}")
-    return CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}"), encoder.float().eval().requires_grad_(False)
+def open_encoder(kind, folder, suffix, device, dtype):
+    encoder = kind.from_pretrained(folder / f"text_encoder{suffix}", torch_dtype=dtype).to(device)
+    return CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}"), encoder.eval().requires_grad_(False)
 
 
 @dataclass
@@ -147,16 +154,17 @@ def sample(
     mask=None,
     edited=None,
     strength=1.0,
+    progress=None,
 ):
     """One picture for each prompt. `styles` and `content` are latents, `size` is (width, height) in pixels.
 
     With `edited`, latents too, the first noise does not stand alone but is put on these, as much as belongs to the
     timestep that the last `strength` of the steps begin with, and only these steps are taken (SDEdit). `mask` goes to
-    `ad_loss`.
+    `ad_loss`. `progress` is called with the steps done and the loss of the last one, first before any.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     timesteps, first = model.timesteps(steps), 0
-    latents = torch.randn(latent_shape(model, len(prompts), size), generator=generator)
+    latents = drawn(model, latent_shape(model, len(prompts), size), generator)
     if edited is not None:
         first = steps - math.ceil(steps * strength - 1e-9)
         latents = model.scheduler.add_noise(edited.expand_as(latents), latents, torch.tensor([timesteps[first]]))
@@ -168,6 +176,8 @@ def sample(
     # The looks at styles, content and picture are without words: always the encoded empty text, never zeros.
     model.null = model.encode_prompts([""], size)
 
+    if progress:
+        progress(first, None)
     for step, timestep in list(enumerate(timesteps))[first:]:
         active = control if control and control.is_active(step, steps) else None
         prediction = predict(model, latents, timestep, condition, guidance, active)
@@ -183,6 +193,8 @@ def sample(
                 model, latents, timestep, references, noised_content, content_weight, iterations, learning_rate, mask
             )
         run.losses.append(loss)
+        if progress:
+            progress(step + 1, loss)
     run.latents, run.picture = latents, model.decode(latents)
     return run
 
@@ -216,8 +228,13 @@ def predict(model, latents, timestep, condition, guidance, control):
     return negative + guidance * (positive - negative)
 
 
+def drawn(model, shape, generator):
+    """Noise, always f32 and from the CPU, so that a seed means the same on each device."""
+    return torch.randn(shape, generator=generator).to(model.network.device)
+
+
 def noised(model, latents, timestep, generator):
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = drawn(model, latents.shape, generator)
     return model.scheduler.add_noise(latents, noise, torch.tensor([timestep]))
 
 
@@ -243,7 +260,5 @@ def descend(model, latents, timestep, styles, content, content_weight, iteration
         loss = ad_loss(picture, style_features, mask=mask)
         if content is not None:
             loss = loss + content_weight * content_loss(picture, content_features)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        model.network.descend(optimizer, loss)
     return latents.detach(), loss.item()

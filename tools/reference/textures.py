@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from attention_distillation import decode, encode
 from diffusers.models.downsampling import Downsample2D
-from sampling import arrival, descend, latent_shape, noised, predict
+from sampling import arrival, descend, drawn, latent_shape, noised, predict
 
 # Regions: what may be given to `ad_loss` as its mask
 
@@ -195,19 +195,23 @@ def expand(
     seed=0,
     reference_per_batch=True,
     mask=None,
+    progress=None,
 ):
     """One picture of any size, as a mean of views in each step. `size` is (width, height) in pixels, `window` and `stride`
     count latents. `mask` is a `Labels` for the whole canvas.
 
-    With `reference_per_batch` the styles get noise of their own for each batch of views, or else once in a step.
+    With `reference_per_batch` the styles get noise of their own for each batch of views, or else once in a step. `progress`
+    is called with the steps done and the mean loss of the last one's views, first before any.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    canvas = torch.randn(latent_shape(model, 1, size), generator=generator)
+    canvas = drawn(model, latent_shape(model, 1, size), generator)
     run = Expanded(canvas)
     condition = model.null = model.encode_prompts([""], size)
     views = windows(canvas.shape[2:], window, stride)
     batches = [views[first : first + view_batch] for first in range(0, len(views), view_batch)]
 
+    if progress:
+        progress(0, None)
     for timestep in model.timesteps(steps):
         total, count = torch.zeros_like(canvas), torch.zeros_like(canvas)
         then, references, losses = arrival(model, timestep, steps), None, []
@@ -227,6 +231,8 @@ def expand(
                 view.of(count).add_(1)
         canvas = total / count
         run.losses.append(losses)
+        if progress:
+            progress(len(run.losses), sum(loss * len(batch) for loss, batch in zip(losses, batches)) / len(views))
     run.latents, run.picture = canvas, model.decode(canvas)
     return run
 
