@@ -3,11 +3,14 @@
 use attention_distillation::tch::Device;
 use criterion::{measurement::WallTime, Bencher, BenchmarkGroup, Criterion};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::{env, fs};
 
 /// Of the benchmarks so far, in KiB: each begins to count anew.
 static PEAK: AtomicU64 = AtomicU64::new(0);
+
+/// Whether there was any: a list of them is not to have other lines.
+static RAN: AtomicBool = AtomicBool::new(false);
 
 /// A benchmark of the group, after which the peak of the process's memory in it is printed, and where memory stood before: with
 /// models and pictures, so that the difference is what the procedure takes.
@@ -26,6 +29,7 @@ pub fn bench(group: &mut BenchmarkGroup<'_, WallTime>, device: Device, name: &st
     if !ran {
         return;
     }
+    RAN.store(true, Relaxed);
     if let (true, Some(before), Some(peak)) = (before.0, before.1, resident("VmHWM:")) {
         PEAK.fetch_max(peak, Relaxed);
         println!("peak memory of \"{name}\": {} MiB ({} MiB before)", peak >> 10, before >> 10);
@@ -37,7 +41,7 @@ pub fn bench(group: &mut BenchmarkGroup<'_, WallTime>, device: Device, name: &st
 
 /// Last of a program's targets: the peak of the whole process.
 pub fn peak(_: &mut Criterion) {
-    if let Some(now) = resident("VmHWM:") {
+    if let (true, Some(now)) = (RAN.load(Relaxed), resident("VmHWM:")) {
         println!("peak memory of the process: {} MiB", PEAK.load(Relaxed).max(now) >> 10);
     }
 }
@@ -77,7 +81,7 @@ fn resident(name: &str) -> Option<u64> {
 /// In MiB.
 fn on_gpu(device: Device) -> Option<u64> {
     let Device::Cuda(index) = device else { return None };
-    // CUDA may count from 0 what the driver's tool counts from elsewhere.
+    // Where some GPUs are hidden, CUDA counts the others from 0.
     let visible = env::var("CUDA_VISIBLE_DEVICES").ok().and_then(|list| list.split(',').nth(index).map(|id| id.trim().to_owned()));
     let id = visible.filter(|id| !id.is_empty()).unwrap_or_else(|| index.to_string());
     let output = Command::new("nvidia-smi").args(["--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id", &id]).output().ok()?;
