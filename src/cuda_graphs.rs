@@ -34,9 +34,9 @@ mod distiller;
 mod shim;
 mod statics;
 
-pub use capturable::Capturable;
 #[cfg(feature = "stable-diffusion")]
 pub(crate) use capturable::plain_gradient_at;
+pub use capturable::Capturable;
 pub use cuda::{CudaGraph, CudaGraphs};
 pub use distiller::GraphedDistiller;
 

@@ -146,6 +146,11 @@ mod tests {
                 if gpu {
                     // SAFETY: what was entered is left, once.
                     assert!(shim.outcome(unsafe { (shim.side_leave)(side) }).is_ok());
+                } else {
+                    let mut graph = null_mut();
+                    // SAFETY: a device's number, and a place for the result.
+                    let begun = shim.outcome(unsafe { (shim.begin)(0, &mut graph) });
+                    assert!(begun.is_err() && graph.is_null());
                 }
             }
         }

@@ -58,7 +58,10 @@ impl Statics {
         };
         let (ours, theirs) = (all(&self.references), all(references));
         if ours.len() != theirs.len() {
-            return Err(Error::argument("references", format!("have {} tensors of features, the graph was captured with {}", theirs.len(), ours.len())));
+            return Err(Error::argument(
+                "references",
+                format!("have {} tensors of features, the graph was captured with {}", theirs.len(), ours.len()),
+            ));
         }
         ours.iter().zip(&theirs).try_for_each(|(to, from)| overwrite(to, from))
     }
