@@ -8,7 +8,7 @@ STYLE ?= assets/pictures/style_harvest.png
 CASES ?= bundled-256
 
 # `doc-only` does without libtorch, so nothing that is linked can be built with it; `download-libtorch` adds no code.
-FEATURE_SETS = "--no-default-features" "" "--features hub"
+FEATURE_SETS = "--no-default-features" "" "--features hub" "--features hub,cuda-graphs" "--no-default-features --features cuda-graphs"
 
 .DEFAULT_GOAL := help
 .PHONY: help libtorch demo test lint doc bench compare reference fixtures clean
@@ -28,6 +28,7 @@ demo: libtorch ## style transfer with the bundled model; CONTENT=FILE and STYLE=
 test: libtorch ## the whole test suite
 	$(CARGO) test --features hub
 	$(CARGO) test --no-default-features --test 'core_*' --test image --test metrics
+	$(CARGO) test --features cuda-graphs --lib --test core_graphs --test gpu_graphs
 
 lint: libtorch ## format and clippy, every feature set
 	$(CARGO) fmt --check
@@ -41,6 +42,7 @@ lint: libtorch ## format and clippy, every feature set
 doc: libtorch ## the documentation
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --features hub
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --no-deps --features hub,cuda-graphs
 
 bench: libtorch ## the benchmarks
 	$(CARGO) bench

@@ -1,11 +1,95 @@
-//! Tells this crate's own examples, tests and benches where libtorch lies, so that they start without LD_LIBRARY_PATH.
+//! Tells this crate's own examples, tests and benches where libtorch lies, so that they start without LD_LIBRARY_PATH; and
+//! with the feature `cuda-graphs` makes the library that `src/cuda_graphs/shim.rs` takes in.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     // Set by torch-sys, which found (or fetched) libtorch.
     println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
     let unix = std::env::var("CARGO_CFG_TARGET_FAMILY").is_ok_and(|family| family == "unix");
-    if let (true, Ok(folder)) = (unix, std::env::var("DEP_TCH_LIBTORCH_LIB")) {
+    let libtorch = std::env::var("DEP_TCH_LIBTORCH_LIB").ok();
+    if let (true, Some(folder)) = (unix, &libtorch) {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
+    }
+    #[cfg(feature = "cuda-graphs")]
+    cuda_graphs::build(libtorch.as_deref());
+}
+
+#[cfg(feature = "cuda-graphs")]
+mod cuda_graphs {
+    use std::path::{Path, PathBuf};
+    use std::{env, fs};
+
+    const SOURCE: &str = "src/cuda_graphs/shim.cpp";
+    /// Of NVIDIA's, those that libtorch's headers include.
+    const HEADERS: [&str; 2] = ["cuda_runtime_api.h", "crt/host_defines.h"];
+    const ADVICE: &str = "install a CUDA toolkit 12 or 13 and set CUDA_HOME to it, or put the headers of the Python packages \
+        nvidia-cuda-runtime and nvidia-cuda-crt into nvidia/cu13/include beside libtorch, and build again";
+
+    /// Two files: the library, and why there is none. Where it cannot be made the crate is built without, and says so when it
+    /// is asked for graphs.
+    pub fn build(libtorch: Option<&str>) {
+        println!("cargo:rerun-if-changed={SOURCE}");
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        let library = out.join("cuda_graphs.so");
+        let reason = compile(libtorch, &library).err().unwrap_or_default();
+        if !reason.is_empty() {
+            // An older one may be there.
+            fs::write(&library, []).expect("OUT_DIR can be written to");
+            println!("cargo:warning=feature cuda-graphs: {reason}");
+        }
+        fs::write(out.join("cuda_graphs.txt"), reason).expect("OUT_DIR can be written to");
+    }
+
+    fn compile(libtorch: Option<&str>, library: &Path) -> Result<(), String> {
+        if env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("linux") {
+            return Err("it is for Linux alone".into());
+        }
+        let libtorch = libtorch.ok_or("libtorch was not found (feature doc-only)")?;
+        let includes = torch_includes(Path::new(libtorch));
+        let cuda = cuda_include(Path::new(libtorch))?;
+        // As torch-sys has it.
+        println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
+        let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into());
+        let compiler = cc::Build::new().cpp(true).pic(true).warnings(false).opt_level(2).debug(false).try_get_compiler();
+        let mut command = compiler.map_err(|error| format!("no C++ compiler: {error}"))?.to_command();
+        command.args(["-std=c++17", "-shared", &format!("-D_GLIBCXX_USE_CXX11_ABI={abi}")]);
+        // Their warnings are not ours.
+        includes.iter().chain([&cuda]).for_each(|folder| {
+            command.arg("-isystem").arg(folder);
+        });
+        command.arg(SOURCE).arg("-o").arg(library);
+        let output = command.output().map_err(|error| format!("the C++ compiler could not be started: {error}"))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let words = String::from_utf8_lossy(&output.stderr);
+        let first = words.lines().find(|line| line.contains("error")).unwrap_or("it says nothing").to_owned();
+        Err(format!("{SOURCE} does not compile with the headers of {} and {}: {first}", libtorch, cuda.display()))
+    }
+
+    fn torch_includes(lib: &Path) -> Vec<PathBuf> {
+        println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
+        let of_torch = env::var_os("LIBTORCH_INCLUDE").map(PathBuf::from).or_else(|| lib.parent().map(Path::to_owned)).unwrap_or_default();
+        vec![of_torch.join("include"), of_torch.join("include/torch/csrc/api/include")]
+    }
+
+    /// Of the toolkit that the environment names, of pip's packages beside libtorch, or of the system's toolkit.
+    fn cuda_include(lib: &Path) -> Result<PathBuf, String> {
+        let mut folders = vec![];
+        for name in ["CUDA_HOME", "CUDA_PATH"] {
+            println!("cargo:rerun-if-env-changed={name}");
+            folders.extend(env::var_os(name).filter(|value| !value.is_empty()).map(|value| PathBuf::from(value).join("include")));
+        }
+        if let Some(packages) = lib.parent().and_then(Path::parent) {
+            folders.extend(["cu13", "cuda_runtime"].map(|name| packages.join("nvidia").join(name).join("include")));
+        }
+        folders.push("/usr/local/cuda/include".into());
+        // One that is not there would have this script run each time.
+        folders.iter().filter(|folder| folder.is_dir()).for_each(|folder| println!("cargo:rerun-if-changed={}", folder.display()));
+        let found = folders.iter().find(|folder| HEADERS.iter().all(|header| folder.join(header).is_file()));
+        found.cloned().ok_or_else(|| {
+            let looked = folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", ");
+            format!("{} and {} are not both in any of {looked}; {ADVICE}", HEADERS[0], HEADERS[1])
+        })
     }
 }

@@ -86,6 +86,13 @@ fn step(c: &mut Criterion) {
             finished(device, || run.advance().unwrap())
         });
     });
+    #[cfg(feature = "cuda-graphs")]
+    if let (true, Ok(graphs)) = (device.is_cuda(), attention_distillation::cuda_graphs::CudaGraphs::new()) {
+        let endless = vec![timestep; 1 << 20];
+        let run = Distiller::style_transfer(model.extractor((SIDE, SIDE)).unwrap(), endless, targets(), 0.2).unwrap();
+        let mut run = run.with_graphs(graphs);
+        group.bench_function("whole step, CUDA graphs", |b| b.iter(|| finished(device, || run.advance().unwrap())));
+    }
     group.finish();
 
     let mut group = c.benchmark_group("Adam");

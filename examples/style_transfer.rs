@@ -4,7 +4,8 @@
 
 mod common;
 
-use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings};
+use attention_distillation::tch::Tensor;
+use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings, StableDiffusion};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -20,6 +21,10 @@ struct Flags {
     /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
+    /// Optimise by CUDA graphs, which have not run on a GPU yet
+    #[cfg(feature = "cuda-graphs")]
+    #[arg(long, conflicts_with = "method")]
+    cuda_graphs: bool,
     #[command(flatten)]
     shared: common::Shared,
 }
@@ -69,9 +74,18 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         } else {
             Distiller::new(extractor, timesteps, references, model.noise(1, size, &mut noise)?)
         };
-        common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
+        optimise(run.with_settings(&settings)?, flags, &model, &files)?
     };
     common::save(&result, &files)?;
     common::sheet(shared, &content.iter().chain(&styles).collect::<Vec<_>>(), &[result])?;
     Ok(files)
+}
+
+fn optimise(mut run: Distiller<&StableDiffusion>, flags: &Flags, model: &StableDiffusion, files: &[PathBuf]) -> Result<(Tensor, bool)> {
+    #[cfg(feature = "cuda-graphs")]
+    if flags.cuda_graphs {
+        let graphs = attention_distillation::cuda_graphs::CudaGraphs::new()?;
+        return common::follow(&mut run.with_graphs(graphs), model, &flags.shared, files);
+    }
+    common::follow(&mut run, model, &flags.shared, files)
 }

@@ -101,7 +101,7 @@ fn open_library() -> std::result::Result<(), String> {
 
 /// The loader's own words, which name what is missing, are the cause of libloading's.
 #[cfg(unix)]
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

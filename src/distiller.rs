@@ -115,12 +115,24 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// # Errors
     /// As [`advance`](Self::advance).
     pub fn advance_towards(&mut self, references: &References<Features>) -> Result<Option<Progress>> {
+        self.advance_by(|run, timestep| run.descents(timestep, references))
+    }
+
+    /// The next timestep, whose latents and loss `descents` makes, by steps of the optimizer. All is undone where it fails.
+    ///
+    /// # Errors
+    /// As [`advance`](Self::advance).
+    pub(crate) fn advance_by(&mut self, descents: impl FnOnce(&mut Self, f64) -> Result<(Tensor, Tensor)>) -> Result<Option<Progress>> {
         let Some(&timestep) = self.timesteps.get(self.step) else { return self.check().map(|()| None) };
         if self.iterations == 0 {
             return Err(Error::argument("iterations", "0 would leave the picture as it is; use at least 1"));
         }
         let before = copy_state(&self.optimizer.state()?)?;
-        match self.descents(timestep, references) {
+        let outcome = descents(self, timestep).and_then(|(latents, loss)| {
+            self.latents = self.soundness.judge(&self.latents, latents, Some(&loss), self.step + 1, timestep)?;
+            Ok(loss)
+        });
+        match outcome {
             Ok(loss) => {
                 self.step += 1;
                 if self.step == self.timesteps.len() {
@@ -136,15 +148,14 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         }
     }
 
-    /// The iterations of one timestep; replaces the latents only when all went well.
-    fn descents(&mut self, timestep: f64, references: &References<Features>) -> Result<Tensor> {
+    /// The iterations of one timestep: latents and loss.
+    fn descents(&mut self, timestep: f64, references: &References<Features>) -> Result<(Tensor, Tensor)> {
         let mut latents = copy(&self.latents.f_to_kind(Kind::Float)?)?;
         let mut loss = self.extractor.descend(&mut latents, timestep, references, &self.loss, &mut self.optimizer)?;
         for _ in 1..self.iterations {
             loss = self.extractor.descend(&mut latents, timestep, references, &self.loss, &mut self.optimizer)?;
         }
-        self.latents = self.soundness.judge(&self.latents, latents, Some(&loss), self.step + 1, timestep)?;
-        Ok(loss)
+        Ok((latents, loss))
     }
 
     /// Whether all steps so far were sound; on a GPU this waits for them. Called by the last step; call it yourself

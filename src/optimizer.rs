@@ -1,5 +1,11 @@
 //! What moves the latents: Adam as the authors use it, and plain gradient descent for the paper's comparison.
 
+#[cfg(feature = "cuda-graphs")]
+mod capturable;
+
+#[cfg(feature = "cuda-graphs")]
+pub(crate) use capturable::CapturableAdam;
+
 use crate::scalar::{number, WithNumber};
 use crate::{Error, Result};
 use tch::{Device, Tensor};

@@ -3,6 +3,8 @@
 //! bundled model are one code path.
 
 mod block;
+#[cfg(feature = "cuda-graphs")]
+mod capturable;
 mod checkpointing;
 mod clip;
 mod condition;

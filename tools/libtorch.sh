@@ -108,9 +108,11 @@ rm -rf "$part" "$old" "$temporary"
 trap 'rm -rf "$part" "$old" "$temporary"' EXIT
 trap 'exit 130' HUP INT TERM
 
+headers=nvidia-cuda-crt==13.0.88 # a small package of headers, which only the feature cuda-graphs wants
 set -- "torch==$version"
 case $variant in
-cpu) set -- --no-deps "$@" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85 ;; # libtorch_cpu wants these two
+cpu) set -- --no-deps "$@" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85 $headers ;; # libtorch_cpu wants the first two
+cuda) set -- "$@" $headers ;;
 plain) set -- --no-deps "$@" ;;
 esac
 # No python ever runs what is installed, so an older or a newer one can fetch it as well.

@@ -70,6 +70,25 @@ macro_rules! run {
 run!(Distiller, |run: &Distiller<D, O>| run.timesteps.len());
 run!(GuidedSampler, |run: &GuidedSampler<D, O>| run.scheduler.timesteps().len());
 
+#[cfg(feature = "cuda-graphs")]
+impl<D: attention_distillation::cuda_graphs::Capturable> Run for attention_distillation::cuda_graphs::GraphedDistiller<D> {
+    fn advance(&mut self) -> Result<Option<Progress>> {
+        self.advance()
+    }
+    fn check(&mut self) -> Result<()> {
+        self.check()
+    }
+    fn latents(&self) -> &Tensor {
+        &self.run().latents
+    }
+    fn steps(&self) -> usize {
+        self.run().timesteps.len()
+    }
+    fn step(&self) -> usize {
+        self.run().step
+    }
+}
+
 /// All steps of a run, or as many as there are before Ctrl-C; previews go to the files. Returns the pictures, and whether to
 /// go on with another run.
 pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files: &[PathBuf]) -> Result<(Tensor, bool)> {

@@ -169,16 +169,28 @@ impl Toy {
 
     /// `condition` scales the text.
     pub fn run(&self, latents: &Tensor, timestep: f64, condition: f64, hook: &mut dyn AttentionHook) -> Result<Tensor, ToyError> {
+        let mut time = &self.clock * (timestep / 1000.0);
+        if self.nan_at.get() == Some(timestep) {
+            time *= f64::NAN;
+        }
+        self.pass(latents, &time, condition, hook)
+    }
+
+    /// The same with the timestep as a tensor, `(1)`.
+    pub fn run_at(&self, latents: &Tensor, timestep: &Tensor, condition: f64, hook: &mut dyn AttentionHook) -> Result<Tensor, ToyError> {
+        let time = &self.clock * (timestep / 1000.0);
+        let spoilt = timestep.eq(self.nan_at.get().unwrap_or(f64::NAN));
+        self.pass(latents, &time.masked_fill(&spoilt, f64::NAN), condition, hook)
+    }
+
+    fn pass(&self, latents: &Tensor, time: &Tensor, condition: f64, hook: &mut dyn AttentionHook) -> Result<Tensor, ToyError> {
         self.forwards.set(self.forwards.get() + 1);
         self.entered.set(0);
         if let Some((_, trouble)) = self.trouble.get().filter(|(at, _)| *at == self.forwards.get()) {
             return Err(ToyError::Own(trouble));
         }
         let (batch, _, h, w) = latents.size4().map_err(Error::from)?;
-        let mut x = latents.to_kind(self.kind).flatten(2, 3).transpose(1, 2).matmul(&self.inflow) + &self.clock * (timestep / 1000.0);
-        if self.nan_at.get() == Some(timestep) {
-            x *= f64::NAN;
-        }
+        let mut x = latents.to_kind(self.kind).flatten(2, 3).transpose(1, 2).matmul(&self.inflow) + time;
         let text = (&self.text * condition).expand([batch, -1, -1], false);
         for (i, block) in self.blocks.iter().enumerate() {
             self.entered.set(i + 1);

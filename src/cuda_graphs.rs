@@ -1,0 +1,65 @@
+//! Steps that are captured once and then repeated, by CUDA graphs: feature `cuda-graphs`.
+//!
+//! On a GPU a step of a small picture is a thousand kernels, and queueing them one by one takes longer than running them. A
+//! graph queues all of them at once. [`Distiller::with_graphs`](crate::Distiller::with_graphs) makes such a run:
+#![cfg_attr(feature = "stable-diffusion", doc = "```no_run")]
+#![cfg_attr(not(feature = "stable-diffusion"), doc = "```ignore")]
+//! # use attention_distillation::{cuda_graphs::CudaGraphs, image, Distiller, References, Result, StableDiffusion};
+//! # fn transfer(model: &StableDiffusion, references: References, size: (i64, i64)) -> Result<()> {
+//! let run = Distiller::style_transfer(model.extractor(size)?, model.timesteps(200)?, references, 0.25)?;
+//! let mut run = run.with_graphs(CudaGraphs::new()?);
+//! let latents = run.finish()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! **This has never run on a GPU**: the way around the graphs is tested on the CPU, by a [`Recorder`] that does the work again
+//! instead of repeating it, and the C++ part is compiled and opened there. Compare a picture with that of the same run without
+//! graphs before you rely on it.
+//!
+//! # What it needs
+//! The feature has a small C++ library, made while this crate is built, which wants a C++ compiler and NVIDIA's headers of any CUDA
+//! 12 or 13, `cuda_runtime_api.h` and `crt/host_defines.h`: of a CUDA toolkit (`CUDA_HOME`, or `/usr/local/cuda`), or of the packages
+//! `nvidia-cuda-runtime` and `nvidia-cuda-crt` beside libtorch, where `make libtorch` puts them. Without them the crate is built all the
+//! same, and [`CudaGraphs::new`] says what is missing. The library is within the program and opened by [`CudaGraphs::new`] alone:
+//! programs with this feature start where there is no CUDA.
+//!
+//! # What it does not do
+//! Guided sampling and windows run as ever. So do references with a [cache](crate::FeatureCache), as their features depend on
+//! what is in it.
+
+mod capturable;
+mod cuda;
+mod distiller;
+mod shim;
+mod statics;
+
+#[cfg(feature = "stable-diffusion")]
+pub(crate) use capturable::plain_gradient_at;
+pub use capturable::Capturable;
+pub use cuda::{CudaGraph, CudaGraphs};
+pub use distiller::GraphedDistiller;
+
+use crate::Result;
+use tch::Device;
+
+/// What repeats work on a device: CUDA's graphs, or a test's stand-in.
+///
+/// The work computes tensors from tensors which it finds, each time, at the same places of memory. It may be done any number
+/// of times while it is captured: what it wrote is then overwritten.
+pub trait Recorder {
+    /// What was captured. It is dropped before the tensors that it works on.
+    type Graph;
+
+    /// Captures the kernels that `work` queues on `device`.
+    ///
+    /// # Errors
+    /// Those of `work`; what cannot be captured.
+    fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Graph>;
+
+    /// Queues what was captured once more. `work` is the same work, for recorders that do it again instead.
+    ///
+    /// # Errors
+    /// The device's.
+    fn replay(&mut self, graph: &mut Self::Graph, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+}

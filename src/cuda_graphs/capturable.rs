@@ -1,0 +1,102 @@
+//! Networks that take their timestep as a tensor.
+
+use crate::denoiser::plain_gradient;
+use crate::{AttentionHook, Denoiser, FeatureExtractor, Features, Result};
+use std::ops::Range;
+use tch::Tensor;
+
+/// A denoiser whose passes a graph may repeat: what it computes depends on the contents of tensors alone.
+///
+/// A graph repeats kernels, not the code that queued them. So a pass must not copy between CPU and GPU, must not read a
+/// number back, and must find its weights and condition where they were. A network that breaks this fails while it is
+/// captured; one that turns a number of the CPU into kernels, as [`Denoiser::forward`] does with its timestep, would be
+/// repeated with the number that it was captured with.
+pub trait Capturable: Denoiser {
+    /// [`Denoiser::forward`] with the timestep as a tensor, `(1)` in f32 on the device of the latents: the same prediction.
+    ///
+    /// # Errors
+    /// As [`Denoiser::forward`].
+    fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &Self::Condition, hook: &mut dyn AttentionHook) -> Result<Tensor>;
+
+    /// [`Denoiser::gradient`] likewise. Override it together with that.
+    ///
+    /// # Errors
+    /// As [`Denoiser::gradient`].
+    fn gradient_at(
+        &self,
+        latents: &Tensor,
+        timestep: &Tensor,
+        condition: &Self::Condition,
+        layers: Range<usize>,
+        value: &mut dyn FnMut(&Features) -> Result<Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        plain_gradient_at(self, latents, timestep, condition, layers, value)
+    }
+}
+
+/// [`Capturable::gradient_at`] by a graph of the whole pass.
+pub(crate) fn plain_gradient_at<D: Capturable + ?Sized>(
+    denoiser: &D,
+    latents: &Tensor,
+    timestep: &Tensor,
+    condition: &D::Condition,
+    layers: Range<usize>,
+    value: &mut dyn FnMut(&Features) -> Result<Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    plain_gradient(&At { denoiser, timestep }, latents, NO_NUMBER, &condition, layers, value)
+}
+
+macro_rules! by_pointer {
+    ($($pointer:ty),*) => {$(
+        impl<D: Capturable + ?Sized> Capturable for $pointer {
+            fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &D::Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+                (**self).forward_at(latents, timestep, condition, hook)
+            }
+            fn gradient_at(
+                &self,
+                latents: &Tensor,
+                timestep: &Tensor,
+                condition: &D::Condition,
+                layers: Range<usize>,
+                value: &mut dyn FnMut(&Features) -> Result<Tensor>,
+            ) -> Result<(Tensor, Tensor)> {
+                (**self).gradient_at(latents, timestep, condition, layers, value)
+            }
+        }
+    )*};
+}
+by_pointer!(&D, Box<D>, std::rc::Rc<D>, std::sync::Arc<D>);
+
+/// For the timestep that [`At`] does not look at.
+pub(super) const NO_NUMBER: f64 = 0.0;
+
+/// A network at the timestep that a tensor holds, whatever number it is asked for.
+#[derive(Debug)]
+pub(super) struct At<'a, D: ?Sized> {
+    denoiser: &'a D,
+    timestep: &'a Tensor,
+}
+
+impl<'a, D: Capturable + ?Sized> Denoiser for At<'a, D> {
+    type Condition = &'a D::Condition;
+
+    fn forward(&self, latents: &Tensor, _: f64, condition: &Self::Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        self.denoiser.forward_at(latents, self.timestep, condition, hook)
+    }
+
+    fn gradient(
+        &self,
+        latents: &Tensor,
+        _: f64,
+        condition: &Self::Condition,
+        layers: Range<usize>,
+        value: &mut dyn FnMut(&Features) -> Result<Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        self.denoiser.gradient_at(latents, self.timestep, condition, layers, value)
+    }
+}
+
+/// The same extractor at the timestep that a tensor holds.
+pub(super) fn at<'a, D: Capturable>(extractor: &'a FeatureExtractor<D>, timestep: &'a Tensor) -> FeatureExtractor<At<'a, D>> {
+    FeatureExtractor::new(At { denoiser: &extractor.denoiser, timestep }, &extractor.condition, extractor.layers.clone())
+}

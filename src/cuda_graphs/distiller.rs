@@ -1,0 +1,144 @@
+//! The paper's optimisation by graphs.
+
+use super::capturable::Capturable;
+use super::statics::Statics;
+use super::{CudaGraphs, Recorder};
+use crate::{Adam, Checkpoint, Distiller, Progress, Result};
+use tch::Tensor;
+
+/// A [`Distiller`] whose passes and optimizer steps are captured by the first [`advance`](Self::advance) and repeated by all: one graph
+/// of the references' passes, one of an iteration. Same pictures, up to roundings.
+///
+/// All that a `Distiller` says of its runs holds, errors and unsound latents included: a graph works on tensors of its own, and what comes
+/// out replaces latents and optimizer only where all went well. That costs the memory of one more set of features, and while
+/// it captures that of a step.
+///
+/// A graph repeats what was captured, not what the run's fields say now. So these are read by [`run`](Self::run), and changed by
+/// [`change`](Self::change) alone, after which the next step is captured anew. What a network or a loss changes within itself goes unseen.
+pub struct GraphedDistiller<D: Capturable, R: Recorder = CudaGraphs> {
+    // Dropped first: it works on the run's tensors.
+    captured: Option<Captured<R::Graph>>,
+    run: Distiller<D, Adam>,
+    recorder: R,
+}
+
+impl<D: Capturable, R: Recorder> std::fmt::Debug for GraphedDistiller<D, R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GraphedDistiller").field("run", &self.run).field("captured", &self.captured.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl<D: Capturable> Distiller<D, Adam> {
+    /// The same run by graphs: [`CudaGraphs::new`] for a GPU's. It may have begun.
+    pub fn with_graphs<R: Recorder>(self, recorder: R) -> GraphedDistiller<D, R> {
+        GraphedDistiller { captured: None, run: self, recorder }
+    }
+}
+
+impl<D: Capturable, R: Recorder> GraphedDistiller<D, R> {
+    /// The next timestep, as [`Distiller::advance`]. The first one, and the first after a [`change`](Self::change), costs some
+    /// passes more.
+    ///
+    /// # Errors
+    /// As [`Distiller::advance`], and what cannot be captured, such as a run on the CPU. The run then stands at its last finished step, and may
+    /// go on [without graphs](Self::into_run).
+    pub fn advance(&mut self) -> Result<Option<Progress>> {
+        let Self { captured, run, recorder } = self;
+        run.advance_by(|run, timestep| {
+            let captured = match captured {
+                Some(captured) => captured,
+                none => none.insert(Captured::new(recorder, run, timestep)?),
+            };
+            captured.descents(recorder, run, timestep)
+        })
+    }
+
+    /// All that is left; returns the final latents (another handle on those of the run).
+    ///
+    /// # Errors
+    /// As [`advance`](Self::advance).
+    pub fn finish(&mut self) -> Result<Tensor> {
+        while self.advance()?.is_some() {}
+        Ok(self.run.latents.shallow_clone())
+    }
+
+    /// As [`Distiller::check`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&mut self) -> Result<()> {
+        self.run.check()
+    }
+
+    /// As [`Distiller::checkpoint`]: a run with graphs goes on without, and the other way round.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn checkpoint(&mut self) -> Result<Checkpoint> {
+        self.run.checkpoint()
+    }
+
+    /// As [`Distiller::resume`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        self.run.resume(checkpoint)
+    }
+
+    /// The run and its fields.
+    pub fn run(&self) -> &Distiller<D, Adam> {
+        &self.run
+    }
+
+    /// Changes the run's fields. The next step is captured anew.
+    pub fn change<T>(&mut self, change: impl FnOnce(&mut Distiller<D, Adam>) -> T) -> T {
+        self.captured = None;
+        change(&mut self.run)
+    }
+
+    /// The same run without graphs.
+    pub fn into_run(self) -> Distiller<D, Adam> {
+        drop(self.captured);
+        self.run
+    }
+}
+
+struct Captured<G> {
+    /// None where a style has a cache: what is in it then decides.
+    look: Option<G>,
+    descend: G,
+    statics: Statics,
+}
+
+impl<G> Captured<G> {
+    fn new<D: Capturable, R: Recorder<Graph = G>>(recorder: &mut R, run: &Distiller<D, Adam>, timestep: f64) -> Result<Self> {
+        let device = run.latents.device();
+        // Sound ones from the first: what is captured is done a few times before.
+        let mut statics = Statics::new(run, &run.extractor.references(&run.references, timestep)?)?;
+        statics.load(run, timestep)?;
+        let cached = run.references.counted().any(|style| style.cache.is_some());
+        let look = if cached { None } else { Some(recorder.capture(device, &mut || statics.look(&run.extractor, &run.references))?) };
+        let descend = recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss))?;
+        Ok(Self { look, descend, statics })
+    }
+
+    /// The iterations of one timestep: latents and loss.
+    fn descents<D, R>(&mut self, recorder: &mut R, run: &mut Distiller<D, Adam>, timestep: f64) -> Result<(Tensor, Tensor)>
+    where
+        D: Capturable,
+        R: Recorder<Graph = G>,
+    {
+        let Self { look, descend, statics } = self;
+        statics.load(run, timestep)?;
+        match look {
+            Some(look) => recorder.replay(look, &mut || statics.look(&run.extractor, &run.references))?,
+            None => statics.take(&run.extractor.references(&run.references, timestep)?)?,
+        }
+        for _ in 0..run.iterations {
+            recorder.replay(descend, &mut || statics.descend(&run.extractor, &run.loss))?;
+        }
+        statics.store(&mut run.optimizer, run.iterations)?;
+        statics.result()
+    }
+}

@@ -1,0 +1,498 @@
+//! Runs by graphs, without a GPU: a stand-in does the captured work again, on the same tensors, where a GPU would repeat it.
+#![cfg(feature = "cuda-graphs")]
+#![allow(clippy::disallowed_methods, missing_docs)]
+
+mod toy;
+
+use attention_distillation::cuda_graphs::{Capturable, CudaGraphs, GraphedDistiller, Recorder};
+use attention_distillation::{
+    AdLoss, Adam, AdamConfig, AttentionHook, Denoiser, Distiller, Error, FeatureCache, FeatureExtractor, Features, LabelMap, Loss, Optimizer,
+    References, Result, Style, TotalLoss,
+};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use tch::{Device, Kind, Tensor};
+use toy::{assert_same, latents, relative, Toy, Trouble};
+
+/// Does the work some times over before, as a GPU's does to warm up, and counts.
+#[derive(Debug, Default, Clone)]
+struct Again {
+    captures: Rc<Cell<usize>>,
+    replays: Rc<Cell<usize>>,
+    /// Refuses the nth capture, from 1.
+    refused: Option<usize>,
+}
+
+impl Recorder for Again {
+    type Graph = usize;
+
+    fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+        assert_eq!(device, Device::Cpu);
+        self.captures.set(self.captures.get() + 1);
+        if self.refused == Some(self.captures.get()) {
+            return Err(Error::Torch(tch::TchError::Torch("CUDA error: operation not permitted when stream is capturing".into())));
+        }
+        for _ in 0..3 {
+            work()?;
+        }
+        Ok(self.captures.get())
+    }
+
+    fn replay(&mut self, _: &mut usize, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.replays.set(self.replays.get() + 1);
+        work()
+    }
+}
+
+/// The toy with its timestep as a tensor. Notes where it finds what it reads.
+struct Noting {
+    toy: Toy,
+    /// Passes at a number.
+    by_number: Cell<usize>,
+    /// Latents and timesteps.
+    places: RefCell<Vec<(usize, usize)>>,
+}
+
+impl Noting {
+    fn new() -> Self {
+        Self { toy: Toy::new(Kind::Float), by_number: Cell::new(0), places: RefCell::default() }
+    }
+}
+
+impl Denoiser for Noting {
+    type Condition = f64;
+
+    fn forward(&self, latents: &Tensor, timestep: f64, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        self.by_number.set(self.by_number.get() + 1);
+        self.toy.forward(latents, timestep, condition, hook)
+    }
+}
+
+impl Capturable for Noting {
+    fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        assert_eq!((timestep.size(), timestep.kind()), (vec![1], Kind::Float));
+        self.places.borrow_mut().push((latents.data_ptr() as usize, timestep.data_ptr() as usize));
+        self.toy.run_at(latents, timestep, *condition, hook).map_err(Error::denoiser)
+    }
+}
+
+fn times(steps: usize) -> Vec<f64> {
+    (0..steps).rev().map(|i| 1.0 + (1000 / steps * i) as f64).collect()
+}
+
+fn references() -> References {
+    References::style(latents(9, 8, 8)).with_content(latents(8, 6, 8))
+}
+
+fn transfer(net: &Noting, steps: usize, references: References) -> Distiller<&Noting> {
+    tch::set_num_threads(1);
+    Distiller::style_transfer(FeatureExtractor::new(net, 1.0, 2..4), times(steps), references, 0.25).unwrap()
+}
+
+fn graphed(run: Distiller<&Noting>) -> (GraphedDistiller<&Noting, Again>, Again) {
+    let recorder = Again::default();
+    (run.with_graphs(recorder.clone()), recorder)
+}
+
+/// Step, latents, optimizer.
+type State = (usize, Tensor, Vec<(String, Tensor)>);
+
+fn state(run: &Distiller<&Noting>) -> State {
+    let optimizer = run.optimizer.state().unwrap().into_iter().map(|(name, tensor)| (name, tensor.copy()));
+    (run.step, run.latents.copy(), optimizer.collect())
+}
+
+#[track_caller]
+fn assert_untouched(run: &Distiller<&Noting>, before: &State) {
+    let now = state(run);
+    assert_eq!((now.0, now.2.len()), (before.0, before.2.len()));
+    assert_same(&now.1, &before.1);
+    now.2.iter().zip(&before.2).for_each(|((_, x), (_, y))| assert_same(x, y));
+}
+
+/// The corrections of Adam's moments are computed by another formula, in f64: in f32 that is a rounding in some of the steps, which
+/// the following ones may magnify.
+const ROUNDING: f64 = 1e-5;
+
+#[track_caller]
+fn assert_agree(ours: &Distiller<&Noting>, theirs: &Distiller<&Noting>) {
+    let (ours, theirs) = (state(ours), state(theirs));
+    assert_eq!(ours.0, theirs.0, "step");
+    assert!(relative(&ours.1, &theirs.1) < ROUNDING, "latents: {:e}", relative(&ours.1, &theirs.1));
+    assert_eq!(ours.2.len(), theirs.2.len());
+    for ((name, x), (other, y)) in ours.2.iter().zip(&theirs.2) {
+        assert_eq!((name, x.kind(), x.size()), (other, y.kind(), y.size()));
+        assert!(relative(x, y) < ROUNDING, "{name}: {:e}", relative(x, y));
+    }
+}
+
+fn both(references: impl Fn() -> References, change: impl Fn(&mut Distiller<&Noting>)) -> (usize, usize) {
+    let net = Noting::new();
+    let [mut eager, mut other] = [(), ()].map(|()| transfer(&net, 8, references()));
+    change(&mut eager);
+    change(&mut other);
+    let start = eager.latents.copy();
+    let (mut run, recorder) = graphed(other);
+    while let Some(wanted) = eager.advance().unwrap() {
+        let progress = run.advance().unwrap().unwrap();
+        assert_eq!((progress.step, progress.steps, progress.timestep), (wanted.step, wanted.steps, wanted.timestep));
+        let (ours, theirs) = (progress.loss().unwrap().unwrap(), wanted.loss().unwrap().unwrap());
+        assert!((ours - theirs).abs() < ROUNDING * theirs, "{ours} {theirs}");
+        assert_agree(run.run(), &eager);
+    }
+    assert!(run.advance().unwrap().is_none());
+    assert!(relative(&eager.latents, &start) > 0.05, "the runs went nowhere");
+    (recorder.captures.get(), recorder.replays.get())
+}
+
+#[test]
+fn a_run_by_graphs_is_the_same_run() {
+    // A look at the references and an iteration, for eight timesteps.
+    assert_eq!(both(references, |_| {}), (2, 8 + 8));
+    assert_eq!(both(references, |run| run.iterations = 3), (2, 8 + 24));
+    let slower = |run: &mut Distiller<&Noting>| {
+        run.optimizer.config = AdamConfig::with_learning_rate(0.03);
+        run.optimizer.config.beta1 = 0.5;
+    };
+    assert_eq!(both(references, slower), (2, 16));
+    let several =
+        || References::styles([Style::new(latents(9, 8, 8)), Style::new(latents(10, 4, 6)).with_weight(2.0)]).with_content(latents(8, 6, 8));
+    assert_eq!(both(several, |_| {}), (2, 16));
+    let unseen = || References::styles([Style::new(latents(9, 8, 8)), Style::new(latents(10, 4, 6)).with_weight(0.0)]).with_content(latents(8, 6, 8));
+    assert_eq!(both(unseen, |_| {}), (2, 16));
+    let labelled = || {
+        let map = |values: [i64; 2]| LabelMap::new(&Tensor::from_slice(&values).view([1, 1, 1, 2])).unwrap();
+        let style = Style::new(latents(9, 8, 8)).with_labels(map([1, 0])).with_area_weights([(1, 0.5)]);
+        References::styles([style]).with_content(latents(8, 6, 8)).with_labels(map([0, 1]))
+    };
+    assert_eq!(both(labelled, |_| {}), (2, 16));
+}
+
+#[test]
+fn a_run_may_have_begun() {
+    let net = Noting::new();
+    let [mut eager, mut other] = [(), ()].map(|()| transfer(&net, 6, references()));
+    let _ = eager.finish().unwrap();
+    other.advance().unwrap();
+    other.advance().unwrap();
+    let (mut run, _) = graphed(other);
+    run.advance().unwrap();
+    assert_eq!(run.run().step, 3);
+    let checkpoint = run.checkpoint().unwrap();
+    assert_same(&run.finish().unwrap(), &run.run().latents);
+    assert_agree(run.run(), &eager);
+    // From its checkpoint it goes on without graphs, and with those that are there.
+    let mut resumed = transfer(&net, 6, references());
+    resumed.resume(&checkpoint).unwrap();
+    let _ = resumed.finish().unwrap();
+    assert_agree(&resumed, &eager);
+    run.resume(&checkpoint).unwrap();
+    assert_eq!(run.run().step, 3);
+    let _ = run.finish().unwrap();
+    assert_agree(run.run(), &eager);
+}
+
+/// Notes where it finds the styles' keys and values.
+struct NotingLoss(AdLoss, Arc<Mutex<Vec<Vec<usize>>>>);
+
+impl Loss for NotingLoss {
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
+        let layers = references.styles.iter().flat_map(|style| style.of.layers());
+        let content = references.content.iter().flat_map(Features::layers).map(|layer| layer.query.data_ptr() as usize);
+        let places = layers.flat_map(|layer| [&layer.key, &layer.value].map(|tensor| tensor.data_ptr() as usize)).chain(content).collect();
+        self.1.lock().unwrap().push(places);
+        self.0.evaluate(picture, references)
+    }
+}
+
+/// A GPU's graph reads addresses: so the work must find everything where it was, and nothing by number.
+#[test]
+fn all_that_changes_stays_in_its_place() {
+    let net = Noting::new();
+    let mut run = transfer(&net, 5, references());
+    let places = Arc::new(Mutex::new(vec![]));
+    run.loss = TotalLoss::default().plus(1.0, NotingLoss(AdLoss::default(), Arc::clone(&places)));
+    run.iterations = 2;
+    let (mut run, recorder) = graphed(run);
+    run.advance().unwrap();
+    // Features to make tensors after their shapes, of the style and the content; then by the tensor alone.
+    assert_eq!(net.by_number.replace(0), 2);
+    let rooms = run.run().references.styles[0].of.data_ptr() as usize;
+    // Memory that is given back may be given again: in between somebody else takes it.
+    let mut others = vec![];
+    while run.advance().unwrap().is_some() {
+        others.extend((0..50).map(|i| latents(i, 6, 8)));
+    }
+    assert_eq!(net.by_number.get(), 0);
+    assert_eq!(recorder.replays.get(), 5 + 10);
+    let seen = net.places.borrow();
+    let (styles, pictures): (Vec<_>, Vec<_>) = seen.iter().partition(|(latents, _)| *latents == rooms);
+    let same = |places: &[(usize, usize)]| places.windows(2).all(|pair| pair[0] == pair[1]);
+    assert!(styles.len() == 3 + 5 && same(&styles), "{styles:?}");
+    let timestep = styles[0].1;
+    assert!(seen.iter().all(|(_, at)| *at == timestep), "{seen:?}");
+    // In an iteration autograd is given a handle of its own on the same memory.
+    let content = run.run().references.content.as_ref().unwrap().data_ptr() as usize;
+    let pictures: Vec<_> = pictures.into_iter().filter(|(latents, _)| *latents != content).collect();
+    assert!(pictures.len() == 3 + 10 && same(&pictures), "{pictures:?}");
+    let places = places.lock().unwrap();
+    assert_eq!((places.len(), places[0].len()), (3 + 10, 2 * 2 + 2));
+    assert!(places.windows(2).all(|pair| pair[0] == pair[1]), "{places:?}");
+}
+
+/// Compares with the references' own outputs, which are computed when they are first asked for.
+struct Outputs;
+
+impl Loss for Outputs {
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
+        let content = references.content.as_ref().unwrap();
+        let terms =
+            picture.layers().zip(content.layers()).map(|(ours, theirs)| Ok(ours.output()?.f_l1_loss(theirs.output()?, tch::Reduction::Mean)?));
+        Ok(Tensor::stack(&terms.collect::<Result<Vec<_>>>()?, 0).sum(Kind::Float))
+    }
+}
+
+#[test]
+fn outputs_of_references_are_those_of_the_timestep() {
+    let loss = || TotalLoss::default().plus(1.0, AdLoss::default()).plus(1.0, Outputs);
+    both(references, |run| run.loss = loss());
+}
+
+#[test]
+fn an_error_leaves_the_run_at_its_last_step() {
+    let net = Noting::new();
+    let mut eager = transfer(&net, 6, references());
+    eager.iterations = 2;
+    let _ = eager.finish().unwrap();
+    // Before anything was captured, while it is, and while it is repeated: at the references, the first and the second iteration.
+    for (done, forward) in [(0, 1), (0, 4), (0, 10), (2, 1), (2, 3), (2, 4)] {
+        let mut run = transfer(&net, 6, references());
+        run.iterations = 2;
+        let (mut run, _) = graphed(run);
+        for _ in 0..done {
+            run.advance().unwrap();
+        }
+        let before = state(run.run());
+        net.toy.fail_at(forward, Trouble::Memory);
+        let error = run.advance().unwrap_err();
+        assert!(error.is_out_of_memory(), "{error}");
+        assert_untouched(run.run(), &before);
+        let _ = run.finish().unwrap();
+        assert_agree(run.run(), &eager);
+    }
+}
+
+#[test]
+fn not_a_number_ends_the_run_before_the_step() {
+    let net = Noting::new();
+    let mut eager = transfer(&net, 5, references());
+    let _ = eager.finish().unwrap();
+    for bad in [0, 2, 4] {
+        let (mut run, _) = graphed(transfer(&net, 5, references()));
+        net.toy.nan_at.set(Some(times(5)[bad]));
+        let error = run.finish().unwrap_err();
+        assert!(matches!(error, Error::NotFinite { step, .. } if step == bad + 1), "{error}");
+        assert_eq!(run.run().step, bad);
+        let before = state(run.run());
+        assert!(run.advance().is_err());
+        assert_untouched(run.run(), &before);
+        net.toy.nan_at.set(None);
+        let _ = run.finish().unwrap();
+        assert_agree(run.run(), &eager);
+    }
+}
+
+#[test]
+fn a_change_is_captured_anew() {
+    let net = Noting::new();
+    let changes: [fn(&mut Distiller<&Noting>); 4] = [
+        |run| run.loss = TotalLoss::default().plus(1.0, AdLoss::default().with_sharpness(2.0)),
+        |run| run.optimizer.config.learning_rate = 0.2,
+        |run| run.references = References::style(latents(30, 4, 4)).with_content(latents(8, 6, 8)),
+        |run| (run.latents, run.optimizer) = (latents(31, 6, 8), Adam::default()),
+    ];
+    for change in changes {
+        let [mut eager, other] = [(), ()].map(|()| transfer(&net, 6, references()));
+        let (mut run, recorder) = graphed(other);
+        for _ in 0..3 {
+            eager.advance().unwrap();
+            run.advance().unwrap();
+        }
+        change(&mut eager);
+        run.change(change);
+        let _ = eager.finish().unwrap();
+        let _ = run.finish().unwrap();
+        assert_agree(run.run(), &eager);
+        assert_eq!(recorder.captures.get(), 4);
+    }
+}
+
+#[test]
+fn what_cannot_be_captured_leaves_a_run_to_go_on_without() {
+    let net = Noting::new();
+    let mut eager = transfer(&net, 4, references());
+    let _ = eager.finish().unwrap();
+    for refused in [1, 2] {
+        let mut run = transfer(&net, 4, references()).with_graphs(Again { refused: Some(refused), ..Again::default() });
+        let before = state(run.run());
+        assert!(matches!(run.advance(), Err(Error::Torch(_))));
+        assert_untouched(run.run(), &before);
+        let mut run = run.into_run();
+        let _ = run.finish().unwrap();
+        assert_agree(&run, &eager);
+        run.iterations = 0;
+        run.step = 0;
+        assert!(matches!(run.with_graphs(Again::default()).advance(), Err(Error::Argument { argument: "iterations", .. })));
+    }
+}
+
+#[test]
+fn styles_with_a_cache_are_not_captured() {
+    let cache = FeatureCache::new(1 << 20);
+    let cached = || References::styles([Style::new(latents(9, 8, 8)).with_cache(cache.clone())]).with_content(latents(8, 6, 8));
+    assert_eq!(both(cached, |_| {}), (1, 8));
+    assert_eq!(cache.len(), 8);
+}
+
+/// Opens nothing before it is asked to; then says what is missing, or works.
+#[test]
+fn where_there_is_no_gpu_it_says_so() {
+    tch::set_num_threads(1);
+    match CudaGraphs::new() {
+        Err(error) => {
+            println!("{error}");
+            assert!(matches!(&error, Error::Device { device, .. } if device == "cuda"), "{error:?}");
+        }
+        Ok(graphs) => {
+            assert!(attention_distillation::device::best().is_cuda());
+            // A run on the CPU has nothing that a GPU could repeat.
+            let net = Noting::new();
+            let mut run = transfer(&net, 4, references()).with_graphs(graphs);
+            assert!(matches!(run.advance(), Err(Error::Device { .. })));
+            assert_eq!(run.run().step, 0);
+        }
+    }
+}
+
+#[test]
+fn runs_can_go_to_another_thread() {
+    fn check<T: Send>() {}
+    check::<CudaGraphs>();
+    check::<GraphedDistiller<Box<Toy>, CudaGraphs>>();
+}
+
+impl Capturable for Toy {
+    fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        self.run_at(latents, timestep, *condition, hook).map_err(Error::denoiser)
+    }
+}
+
+#[cfg(feature = "stable-diffusion")]
+mod networks {
+    use super::{relative, Again, Capturable, Denoiser, Distiller, Error, Kind, References, Tensor};
+    use attention_distillation::stable_diffusion::ControlNet;
+    use attention_distillation::{image, AdLoss, ContentLoss, FeatureRecorder, Loss, StableDiffusion, TotalLoss};
+    use std::path::{Path, PathBuf};
+    use tch::Device;
+
+    fn folder(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+    }
+
+    fn open(name: &str) -> StableDiffusion {
+        tch::set_num_threads(1);
+        StableDiffusion::open(folder(name), Device::Cpu, Kind::Float).unwrap()
+    }
+
+    fn pictures(model: &StableDiffusion) -> [Tensor; 2] {
+        ["content_astronaut.png", "style_harvest.png"].map(|name| {
+            let picture = image::load(folder("assets/pictures").join(name)).unwrap();
+            model.encode(&image::resize(&picture, (64, 64)).unwrap()).unwrap()
+        })
+    }
+
+    /// To the bit: the tensor holds the number that the network would have made of it.
+    #[test]
+    fn a_timestep_as_a_tensor_is_the_same_timestep() {
+        for name in ["tests/fixtures/sd15", "tests/fixtures/sdxl", "assets/mini"] {
+            let mut model = open(name);
+            let [content, style] = pictures(&model);
+            let loss = TotalLoss::default().plus(1.0, AdLoss::default()).plus(0.25, ContentLoss);
+            for (timestep, checkpointing) in [(1.0, false), (501.0, true), (981.0, false)] {
+                model.set_gradient_checkpointing(checkpointing);
+                let extractor = model.extractor((64, 64)).unwrap();
+                let at = Tensor::from_slice(&[timestep as f32]);
+                let condition = &extractor.condition;
+                let plain = || attention_distillation::PlainAttention;
+                let [wanted, ours] = tch::no_grad(|| {
+                    [
+                        model.forward(&content, timestep, condition, &mut plain()),
+                        Capturable::forward_at(&model, &content, &at, condition, &mut plain()),
+                    ]
+                })
+                .map(Result::unwrap);
+                assert!(ours.equal(&wanted), "{name} {timestep}");
+                let unet = tch::no_grad(|| Capturable::forward_at(&model.unet(), &content, &at, condition, &mut plain())).unwrap();
+                assert!(unet.equal(&wanted), "{name} {timestep}");
+                // Stopped as ever.
+                let mut recorder = FeatureRecorder::new(extractor.layers.clone());
+                let outcome = tch::no_grad(|| Capturable::forward_at(&&model, &content, &at, condition, &mut recorder));
+                assert!(matches!(outcome, Err(Error::Stopped)) && recorder.is_complete());
+                let latents = content.lerp(&style, 0.3);
+                let references = References::style(style.shallow_clone()).with_content(content.shallow_clone());
+                let references = extractor.references(&references, timestep).unwrap();
+                let mut value = |features: &_| loss.evaluate(features, &references);
+                let wanted = model.gradient(&latents, timestep, condition, extractor.layers.clone(), &mut value).unwrap();
+                let ours = model.gradient_at(&latents, &at, condition, extractor.layers.clone(), &mut value).unwrap();
+                assert!(ours.0.equal(&wanted.0) && ours.1.equal(&wanted.1), "{name} {timestep} {checkpointing}");
+                let another = model.gradient_at(&latents, &(&at + 10.0), condition, extractor.layers.clone(), &mut value).unwrap();
+                assert!(!another.1.equal(&wanted.1), "the tensor is not looked at");
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_of_the_bundled_model_is_the_same_run() {
+        for (name, checkpointing) in [("assets/mini", false), ("assets/mini", true), ("tests/fixtures/sdxl", false)] {
+            let mut model = open(name);
+            model.set_gradient_checkpointing(checkpointing);
+            let [content, style] = pictures(&model);
+            let run = || {
+                let references = References::style(style.shallow_clone()).with_content(content.shallow_clone());
+                let timesteps = model.timesteps(4).unwrap();
+                let mut run = Distiller::style_transfer(model.extractor((64, 64)).unwrap(), timesteps, references, 0.2).unwrap();
+                run.iterations = 2;
+                run
+            };
+            let (mut eager, mut graphed) = (run(), run().with_graphs(Again::default()));
+            let mut losses = vec![];
+            while let Some(progress) = eager.advance().unwrap() {
+                let ours = graphed.advance().unwrap().unwrap();
+                losses.push((ours.loss().unwrap().unwrap(), progress.loss().unwrap().unwrap()));
+            }
+            assert!(graphed.advance().unwrap().is_none());
+            let off = relative(&graphed.run().latents, &eager.latents);
+            println!("{name}: off by {off:.1e}; losses {losses:?}");
+            // Roundings of f32, where gradients are near 0 turned into steps by Adam; the first step moves all by 0.05.
+            assert!(off < 1e-4, "{name}: {off}");
+            assert!(losses.iter().all(|(ours, theirs)| (ours - theirs).abs() < 1e-4 * theirs), "{name}: {losses:?}");
+        }
+    }
+
+    #[test]
+    fn controls_are_refused() {
+        let mut model = open("tests/fixtures/sd15");
+        let net = ControlNet::open(folder("tests/fixtures/controlnet_sd15"), Device::Cpu, Kind::Float).unwrap();
+        let net = model.add_controlnet(net).unwrap();
+        let picture = image::load(folder("assets/pictures/content_astronaut.png")).unwrap();
+        let control = model.control(net, &image::resize(&picture, (64, 64)).unwrap(), (64, 64)).unwrap();
+        let condition = model.prompts(&[""], (64, 64)).unwrap().with_control(control);
+        let [content, _] = pictures(&model);
+        let at = Tensor::from_slice(&[501.0_f32]);
+        let refused = Capturable::forward_at(&model, &content, &at, &condition, &mut attention_distillation::PlainAttention);
+        assert!(matches!(refused, Err(Error::Argument { argument: "condition", .. })));
+        let refused = model.gradient_at(&content, &at, &condition, 10..16, &mut |_| unreachable!());
+        assert!(matches!(refused, Err(Error::Argument { argument: "condition", .. })));
+    }
+}
