@@ -23,7 +23,7 @@ mod cuda_graphs {
     /// Of NVIDIA's, those that libtorch's headers include.
     const HEADERS: [&str; 2] = ["cuda_runtime_api.h", "crt/host_defines.h"];
     const ADVICE: &str = "install a CUDA toolkit 12 or 13 and set CUDA_HOME to it, or put the headers of the Python packages \
-        nvidia-cuda-runtime and nvidia-cuda-crt into nvidia/cu13/include beside libtorch, and build again";
+        nvidia-cuda-runtime and nvidia-cuda-crt into nvidia/cu13/include beside libtorch; then `cargo clean -p attention_distillation` and build again";
 
     /// Two files: the library, and why there is none. Where it cannot be made the crate is built without, and says so when it
     /// is asked for graphs.
@@ -52,7 +52,7 @@ mod cuda_graphs {
         let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into());
         let compiler = cc::Build::new().cpp(true).pic(true).warnings(false).opt_level(2).debug(false).try_get_compiler();
         let mut command = compiler.map_err(|error| format!("no C++ compiler: {error}"))?.to_command();
-        command.args(["-std=c++17", "-shared", &format!("-D_GLIBCXX_USE_CXX11_ABI={abi}")]);
+        command.args(["-std=c++17", "-shared", "-fvisibility-inlines-hidden", &format!("-D_GLIBCXX_USE_CXX11_ABI={abi}")]);
         // Their warnings are not ours.
         includes.iter().chain([&cuda]).for_each(|folder| {
             command.arg("-isystem").arg(folder);

@@ -87,11 +87,15 @@ fn step(c: &mut Criterion) {
         });
     });
     #[cfg(feature = "cuda-graphs")]
-    if let (true, Ok(graphs)) = (device.is_cuda(), attention_distillation::cuda_graphs::CudaGraphs::new()) {
-        let endless = vec![timestep; 1 << 20];
-        let run = Distiller::style_transfer(model.extractor((SIDE, SIDE)).unwrap(), endless, targets(), 0.2).unwrap();
-        let mut run = run.with_graphs(graphs);
-        group.bench_function("whole step, CUDA graphs", |b| b.iter(|| finished(device, || run.advance().unwrap())));
+    match attention_distillation::cuda_graphs::CudaGraphs::new() {
+        Err(reason) => eprintln!("skipped: whole step, CUDA graphs: {reason}"),
+        Ok(_) if !device.is_cuda() => {}
+        Ok(graphs) => {
+            let endless = vec![timestep; 1 << 20];
+            let run = Distiller::style_transfer(model.extractor((SIDE, SIDE)).unwrap(), endless, targets(), 0.2).unwrap();
+            let mut run = run.with_graphs(graphs);
+            memory::bench(&mut group, device, "whole step, CUDA graphs", |b| b.iter(|| finished(device, || run.advance().unwrap())));
+        }
     }
     group.finish();
 

@@ -1,7 +1,7 @@
 //! Steps that are captured once and then repeated, by CUDA graphs: feature `cuda-graphs`.
 //!
-//! On a GPU a step of a small picture is a thousand kernels, and queueing them one by one takes longer than running them. A
-//! graph queues all of them at once. [`Distiller::with_graphs`](crate::Distiller::with_graphs) makes such a run:
+//! On a GPU a step is a thousand kernels and more; for a small picture, queueing them one by one is expected to take longer than running
+//! them. A graph queues all of them at once. [`Distiller::with_graphs`](crate::Distiller::with_graphs) makes such a run:
 #![cfg_attr(feature = "stable-diffusion", doc = "```no_run")]
 #![cfg_attr(not(feature = "stable-diffusion"), doc = "```ignore")]
 //! # use attention_distillation::{cuda_graphs::CudaGraphs, image, Distiller, References, Result, StableDiffusion};
@@ -46,20 +46,27 @@ use tch::Device;
 /// What repeats work on a device: CUDA's graphs, or a test's stand-in.
 ///
 /// The work computes tensors from tensors which it finds, each time, at the same places of memory. It may be done any number
-/// of times while it is captured: what it wrote is then overwritten.
+/// of times while it is captured: what it wrote is then overwritten. A graph knows places, not tensors, which is why its use is unsafe.
+#[allow(unsafe_code)] // Only declared here.
 pub trait Recorder {
-    /// What was captured. It is dropped before the tensors that it works on.
+    /// What was captured.
     type Graph;
 
     /// Captures the kernels that `work` queues on `device`.
     ///
     /// # Errors
     /// Those of `work`; what cannot be captured.
-    fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Graph>;
+    ///
+    /// # Safety
+    /// Each tensor that `work` reads or writes and did not make itself must stay alive, in its place of memory, until the graph is dropped.
+    unsafe fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Graph>;
 
     /// Queues what was captured once more. `work` is the same work, for recorders that do it again instead.
     ///
     /// # Errors
     /// The device's.
-    fn replay(&mut self, graph: &mut Self::Graph, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    ///
+    /// # Safety
+    /// As [`capture`](Self::capture), and the graph must be of this recorder.
+    unsafe fn replay(&mut self, graph: &mut Self::Graph, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
 }

@@ -1,6 +1,6 @@
 //! Runs by graphs, without a GPU: a stand-in does the captured work again, on the same tensors, where a GPU would repeat it.
 #![cfg(feature = "cuda-graphs")]
-#![allow(clippy::disallowed_methods, missing_docs)]
+#![allow(clippy::disallowed_methods, missing_docs, unsafe_code)]
 
 mod toy;
 
@@ -27,7 +27,7 @@ struct Again {
 impl Recorder for Again {
     type Graph = usize;
 
-    fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+    unsafe fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
         assert_eq!(device, Device::Cpu);
         self.captures.set(self.captures.get() + 1);
         if self.refused == Some(self.captures.get()) {
@@ -39,7 +39,7 @@ impl Recorder for Again {
         Ok(self.captures.get())
     }
 
-    fn replay(&mut self, _: &mut usize, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    unsafe fn replay(&mut self, _: &mut usize, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         self.replays.set(self.replays.get() + 1);
         work()
     }

@@ -4,12 +4,7 @@
 use attention_distillation::{Error, Procedure, Settings};
 
 fn by_optimisation() -> [Settings; 4] {
-    [
-        Settings::style_transfer(),
-        Settings::style_transfer_few_timesteps(),
-        Settings::style_transfer_fast(),
-        Settings::texture_synthesis(),
-    ]
+    [Settings::style_transfer(), Settings::style_transfer_few_timesteps(), Settings::style_transfer_fast(), Settings::texture_synthesis()]
 }
 
 fn by_sampling() -> [Settings; 5] {

@@ -61,6 +61,8 @@ esac
 is_complete() {
     [ -d "$1/torch/lib" ] || return 1
     if [ -f "$1/variant" ]; then
+        # Installs of before had no headers for the feature cuda-graphs.
+        [ "$2" = plain ] || [ -f "$1/nvidia/cu13/include/crt/host_defines.h" ] || return 1
         case "$(cat "$1/variant")" in
         "$version $2") return 0 ;;
         "$version cuda") [ "$2" = cpu ] ;;

@@ -12,7 +12,8 @@ const WARM_UPS: usize = 3;
 
 /// CUDA's graphs, on any GPU: the recorder for [`Distiller::with_graphs`](crate::Distiller::with_graphs).
 ///
-/// A capture waits for the work that is under way. Memory of a graph stays its own until it is dropped.
+/// A capture waits for the work that is under way, and has libtorch give back the memory that it keeps for later. Memory of a graph stays its own
+/// until it is dropped.
 #[derive(Debug)]
 pub struct CudaGraphs {
     shim: &'static Shim,
@@ -28,10 +29,11 @@ impl CudaGraphs {
     }
 }
 
+#[allow(unsafe_code)]
 impl Recorder for CudaGraphs {
     type Graph = CudaGraph;
 
-    fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<CudaGraph> {
+    unsafe fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<CudaGraph> {
         let index = match device {
             Device::Cuda(index) => c_int::try_from(index).ok(),
             _ => None,
@@ -52,7 +54,7 @@ impl Recorder for CudaGraphs {
         Ok(graph)
     }
 
-    fn replay(&mut self, graph: &mut CudaGraph, _: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    unsafe fn replay(&mut self, graph: &mut CudaGraph, _: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         graph.replay()
     }
 }

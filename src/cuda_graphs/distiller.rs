@@ -10,11 +10,12 @@ use tch::Tensor;
 /// of the references' passes, one of an iteration. Same pictures, up to roundings.
 ///
 /// All that a `Distiller` says of its runs holds, errors and unsound latents included: a graph works on tensors of its own, and what comes
-/// out replaces latents and optimizer only where all went well. That costs the memory of one more set of features, and while
-/// it captures that of a step.
+/// out replaces latents and optimizer only where all went well. That costs the memory of one more set of features, and for as long as the graphs
+/// are there that of a whole step, which nothing else can use meanwhile.
 ///
 /// A graph repeats what was captured, not what the run's fields say now. So these are read by [`run`](Self::run), and changed by
-/// [`change`](Self::change) alone, after which the next step is captured anew. What a network or a loss changes within itself goes unseen.
+/// [`change`](Self::change) alone, after which the next step is captured anew. What a network or a loss changes within itself goes unseen:
+/// both must keep, where they were, all tensors that they showed to the capture. One that frees or replaces such a tensor makes the graph read memory that is no longer its.
 pub struct GraphedDistiller<D: Capturable, R: Recorder = CudaGraphs> {
     // Dropped first: it works on the run's tensors.
     captured: Option<Captured<R::Graph>>,
@@ -111,6 +112,7 @@ struct Captured<G> {
     statics: Statics,
 }
 
+#[allow(unsafe_code)]
 impl<G> Captured<G> {
     fn new<D: Capturable, R: Recorder<Graph = G>>(recorder: &mut R, run: &Distiller<D, Adam>, timestep: f64) -> Result<Self> {
         let device = run.latents.device();
@@ -118,8 +120,11 @@ impl<G> Captured<G> {
         let mut statics = Statics::new(run, &run.extractor.references(&run.references, timestep)?)?;
         statics.load(run, timestep)?;
         let cached = run.references.counted().any(|style| style.cache.is_some());
-        let look = if cached { None } else { Some(recorder.capture(device, &mut || statics.look(&run.extractor, &run.references))?) };
-        let descend = recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss))?;
+        // SAFETY: what the work reads and writes are `statics`, which are kept beside the graphs and dropped after them, and the run's network,
+        // condition, references and loss, which GraphedDistiller drops after both and lets nobody change while they are there.
+        let look = if cached { None } else { Some(unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &run.references)) }?) };
+        // SAFETY: as above.
+        let descend = unsafe { recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss)) }?;
         Ok(Self { look, descend, statics })
     }
 
@@ -132,11 +137,13 @@ impl<G> Captured<G> {
         let Self { look, descend, statics } = self;
         statics.load(run, timestep)?;
         match look {
-            Some(look) => recorder.replay(look, &mut || statics.look(&run.extractor, &run.references))?,
+            // SAFETY: as in `new`, and by the same recorder.
+            Some(look) => unsafe { recorder.replay(look, &mut || statics.look(&run.extractor, &run.references)) }?,
             None => statics.take(&run.extractor.references(&run.references, timestep)?)?,
         }
         for _ in 0..run.iterations {
-            recorder.replay(descend, &mut || statics.descend(&run.extractor, &run.loss))?;
+            // SAFETY: as in `new`, and by the same recorder.
+            unsafe { recorder.replay(descend, &mut || statics.descend(&run.extractor, &run.loss)) }?;
         }
         statics.store(&mut run.optimizer, run.iterations)?;
         statics.result()

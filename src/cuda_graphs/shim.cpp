@@ -2,6 +2,7 @@
 // Every function returns null, or what went wrong, to be freed by graphs_free_error.
 
 #include <ATen/core/CachingHostAllocator.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -49,7 +50,8 @@ struct Graph {
 
   explicit Graph(c10::DeviceIndex device) : device(device) {}
 
-  // What libtorch leaves undone where a capture fails: its allocators would go on to serve the stream from the pool.
+  // What libtorch leaves undone where a capture fails: its allocators would go on to serve the stream from the pool, and its
+  // generator would take all later draws on the device for part of the capture. A clone's state is not within one.
   void abandon() noexcept {
     bool ended = false;
     attempt([&] {
@@ -57,6 +59,10 @@ struct Graph {
       ended = true;
     });
     if (ended) return;
+    attempt([&] {
+      auto generator = at::cuda::detail::getDefaultCUDAGenerator(device);
+      generator.graphsafe_set_state(generator.clone());
+    });
     attempt([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool); });
     attempt([&] { at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool); });
     attempt([&] { c10::cuda::CUDACachingAllocator::releasePool(device, pool); });
