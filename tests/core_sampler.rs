@@ -161,23 +161,22 @@ fn each_timestep_below_the_start_time_has_a_fresh_optimizer() {
 fn it_comes_nearer_to_the_styles_than_plain_sampling() {
     tch::set_num_threads(1);
     let toy = Toy::new(Kind::Float);
-    // A few runs: each is a chaotic descent, which goes another way on another kind of processor, and comes down to .6 to .8 of plain
-    // sampling's distance.
+    // A few runs: each is a chaotic descent, which goes another way on another kind of processor, and comes down to .6 to .8 of
+    // plain sampling's distance.
     let apart = |iterations: usize, adain: bool| -> Vec<f64> {
         let of = |seed: u64| {
             let mut run = with_noise(sampler(&toy, 8), Noise::seeded(seed));
             (run.iterations, run.adain) = (iterations, adain);
-            run.latents = latents(20 + seed, 6, 8);
             let z = run.finish().unwrap();
             let clean = extractor(&toy).references(&references(), 1.0).unwrap();
             number(&tch::no_grad(|| AdLoss::default().evaluate(&extractor(&toy).extract(&z, 1.0).unwrap(), &clean)).unwrap())
         };
-        (1..=6).map(of).collect()
+        let seeds = if iterations == 0 { 1..=1 } else { 1..=6 }; // Without descents nothing is drawn.
+        seeds.map(of).collect()
     };
-    let (plain, guided) = (apart(0, false), apart(5, false));
-    println!("{plain:?} to {guided:?}");
-    assert!(plain.iter().zip(&guided).all(|(plain, guided)| guided < plain), "{plain:?} to {guided:?}");
-    assert!(guided.iter().sum::<f64>() < 0.8 * plain.iter().sum::<f64>(), "{plain:?} to {guided:?}");
+    let (plain, guided) = (apart(0, false)[0], apart(5, false));
+    let mean = guided.iter().sum::<f64>() / guided.len() as f64;
+    assert!(mean < 0.8 * plain && guided.iter().all(|guided| guided < &plain), "{plain} to {guided:?}");
     assert!(guided.iter().zip(apart(5, true)).all(|(guided, adain)| (adain - guided).abs() > 1e-3), "AdaIN makes a difference");
 }
 
