@@ -117,13 +117,13 @@ impl Settings {
 
     /// Style transfer in as many Adam steps as [`style_transfer`](Self::style_transfer), but four at each of a quarter of the timesteps: a
     /// quarter of the references' passes, and features of 50 timesteps, which a [`FeatureCache`](crate::FeatureCache) can hold.
-    /// Not the authors' picture; how far from it: PERFORMANCE.md.
+    /// Nearly the authors' picture; how far from it: PERFORMANCE.md.
     pub fn style_transfer_few_timesteps() -> Self {
         Self { steps: 50, iterations: 4, ..Self::style_transfer() }
     }
 
-    /// Style transfer in 60 Adam steps at 20 timesteps: a fifth of the work of [`style_transfer`](Self::style_transfer). The style arrives
-    /// less completely.
+    /// Style transfer in 60 Adam steps at 20 timesteps: a fifth of the work of [`style_transfer`](Self::style_transfer). The picture
+    /// stays nearer to the content; how much: PERFORMANCE.md.
     pub fn style_transfer_fast() -> Self {
         Self { steps: 20, iterations: 3, ..Self::style_transfer() }
     }
