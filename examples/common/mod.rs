@@ -7,6 +7,7 @@ mod model;
 mod progress;
 mod prompts;
 mod regions;
+mod run;
 mod tile;
 
 pub use control::ControlFlags;
@@ -15,6 +16,7 @@ pub use model::{folder, open};
 pub use progress::{follow, stop_on_ctrl_c, stopped};
 pub use prompts::PromptFlags;
 pub use regions::RegionFlags;
+pub use run::Run;
 pub use tile::Tile;
 
 use attention_distillation::{image, tch::Tensor, Error, FeatureExtractor, References, Result, Settings, StableDiffusion, Style};

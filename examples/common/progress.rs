@@ -1,8 +1,8 @@
 //! Running to the end, with a bar on a terminal and plain lines elsewhere, previews, and Ctrl-C.
 
-use super::{save, Shared};
+use super::{save, Run, Shared};
 use attention_distillation::tch::{Device, Kind, Tensor};
-use attention_distillation::{Denoiser, Distiller, GuidedSampler, Optimizer, Progress, Result, StableDiffusion};
+use attention_distillation::{Result, StableDiffusion};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     io::IsTerminal,
@@ -34,59 +34,6 @@ pub fn stop_on_ctrl_c() {
 /// Whether Ctrl-C was pressed.
 pub fn stopped() -> bool {
     STOP.load(Ordering::Relaxed)
-}
-
-/// Either procedure, as far as watching it goes.
-pub trait Run {
-    fn advance(&mut self) -> Result<Option<Progress>>;
-    fn check(&mut self) -> Result<()>;
-    fn latents(&self) -> &Tensor;
-    fn steps(&self) -> usize;
-    /// Steps done.
-    fn step(&self) -> usize;
-}
-
-macro_rules! run {
-    ($run:ident, $steps:expr) => {
-        impl<D: Denoiser, O: Optimizer> Run for $run<D, O> {
-            fn advance(&mut self) -> Result<Option<Progress>> {
-                self.advance()
-            }
-            fn check(&mut self) -> Result<()> {
-                self.check()
-            }
-            fn latents(&self) -> &Tensor {
-                &self.latents
-            }
-            fn steps(&self) -> usize {
-                $steps(self)
-            }
-            fn step(&self) -> usize {
-                self.step
-            }
-        }
-    };
-}
-run!(Distiller, |run: &Distiller<D, O>| run.timesteps.len());
-run!(GuidedSampler, |run: &GuidedSampler<D, O>| run.scheduler.timesteps().len());
-
-#[cfg(feature = "cuda-graphs")]
-impl<D: attention_distillation::cuda_graphs::Capturable> Run for attention_distillation::cuda_graphs::GraphedDistiller<D> {
-    fn advance(&mut self) -> Result<Option<Progress>> {
-        self.advance()
-    }
-    fn check(&mut self) -> Result<()> {
-        self.check()
-    }
-    fn latents(&self) -> &Tensor {
-        &self.run().latents
-    }
-    fn steps(&self) -> usize {
-        self.run().timesteps.len()
-    }
-    fn step(&self) -> usize {
-        self.run().step
-    }
 }
 
 /// All steps of a run, or as many as there are before Ctrl-C; previews go to the files. Returns the pictures, and whether to
@@ -150,7 +97,7 @@ fn wait_for(latents: &Tensor) -> Result<()> {
 
 /// A loss with six significant digits, enough to compare it with another program's.
 fn six_digits(loss: f64) -> String {
-    let whole_digits = if loss == 0.0 { 1 } else { loss.abs().log10().floor() as i64 + 1 };
+    let whole_digits = if loss == 0.0 { 1 } else { (loss.abs().log10().floor() as i64).saturating_add(1) };
     let decimals = usize::try_from(6 - whole_digits).unwrap_or(0);
     format!("{loss:.decimals$}")
 }
