@@ -6,6 +6,7 @@ PYTHON ?= python3
 CONTENT ?= assets/pictures/content_astronaut.png
 STYLE ?= assets/pictures/style_harvest.png
 CASES ?= bundled-256
+FEATURES ?=
 
 # `doc-only` does without libtorch, so nothing that is linked can be built with it; `download-libtorch` adds no code.
 FEATURE_SETS = "--no-default-features" "" "--features hub" "--features hub,cuda-graphs" "--no-default-features --features cuda-graphs"
@@ -47,8 +48,8 @@ doc: libtorch ## the documentation
 bench: libtorch ## the benchmarks
 	$(CARGO) bench
 
-compare: libtorch ## the crate beside plain Python, CASES='NAME ..' COMPARE='--FLAG ..'; PYTHON as for reference
-	$(CARGO) build --release --example style_transfer --example text_to_image --example texture_expansion
+compare: libtorch ## the crate beside plain Python, CASES='NAME ..' COMPARE='--FLAG ..' FEATURES=NAME; PYTHON as for reference
+	$(CARGO) build --release --features '$(FEATURES)' --example style_transfer --example text_to_image --example texture_expansion
 	$(PYTHON) tools/reference/compare.py $(CASES) $(COMPARE)
 
 reference: ## whether diffusers loads what is saved; PYTHON needs the packages of tools/reference/requirements.txt

@@ -55,18 +55,19 @@ impl Shim {
 }
 
 /// After libtorch_cuda, without which it lacks symbols.
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
 fn load() -> std::result::Result<Shim, String> {
     use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
     if LIBRARY.is_empty() {
         return Err(format!("their part in C++ was not built: {WHY_NOT}"));
     }
-    let path = write().map_err(|error| format!("{}: {error}", std::env::temp_dir().display()))?;
+    let file = file().map_err(|error| format!("no file in memory: {error}"))?;
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
     // SAFETY: it is the library that build.rs made, whose initialisers are the compiler's.
     let opened = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
     // It is mapped, or of no use.
-    let _ = std::fs::remove_file(&path);
+    drop(file);
     let library = opened.map_err(|error| device::with_causes(&error))?;
     // SAFETY: the types are those of shim.cpp.
     let shim = unsafe {
@@ -86,14 +87,14 @@ fn load() -> std::result::Result<Shim, String> {
     Ok(shim)
 }
 
-#[cfg(not(unix))]
+#[cfg(not(target_os = "linux"))]
 fn load() -> std::result::Result<Shim, String> {
     Err(format!("their part in C++ was not built: {WHY_NOT}"))
 }
 
 /// # Safety
 /// `F` is to be the type of the function of this name.
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 #[allow(unsafe_code)]
 unsafe fn function<F: Copy>(library: &libloading::os::unix::Library, name: &CStr) -> std::result::Result<F, String> {
     // SAFETY: the caller's.
@@ -101,24 +102,15 @@ unsafe fn function<F: Copy>(library: &libloading::os::unix::Library, name: &CStr
     symbol.map(|symbol| *symbol).map_err(|error| device::with_causes(&error))
 }
 
-/// The library as a file, which is what can be opened: new, and nobody else's to write to.
-#[cfg(unix)]
-fn write() -> std::io::Result<std::path::PathBuf> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut number = 0;
-    loop {
-        let path = std::env::temp_dir().join(format!("attention_distillation-{}-{number}.so", std::process::id()));
-        match std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
-            Ok(mut file) => return file.write_all(LIBRARY).map(|()| path),
-            // Somebody's before us, who could not remove it.
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && number < 100 => number += 1,
-            Err(error) => return Err(error),
-        }
-    }
+/// The library as a file, which is what can be opened: in memory, where no folder has to allow it and none is left with it.
+#[cfg(target_os = "linux")]
+fn file() -> std::io::Result<std::fs::File> {
+    let mut file = std::fs::File::from(rustix::fs::memfd_create(c"attention_distillation", rustix::fs::MemfdFlags::CLOEXEC)?);
+    std::io::Write::write_all(&mut file, LIBRARY)?;
+    Ok(file)
 }
 
-#[cfg(all(test, unix))]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     #![allow(unsafe_code, clippy::print_stdout)]
     use super::*;
