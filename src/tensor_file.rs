@@ -36,15 +36,30 @@ fn dtype_of(kind: Kind) -> Option<Dtype> {
 
 /// A tensor of its own from a file's bytes; the view has checked that they are as many as its shape needs.
 pub(crate) fn tensor(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
+    let (shape, kind) = shape_and_kind(file, name, view)?;
+    Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
+}
+
+/// The same on a device and in a kind, from the bytes in one go: large networks are loaded in the time of a copy.
+#[allow(unsafe_code)]
+pub(crate) fn converted(file: &Path, name: &str, view: &TensorView<'_>, device: Device, kind: Kind) -> Result<Tensor> {
+    let (shape, stored) = shape_and_kind(file, name, view)?;
+    let bytes = view.data().as_ptr();
+    // As libtorch wants its numbers; a file need not have them so.
+    let aligned = bytes.align_offset(stored.elt_size_in_bytes()) == 0;
+    // SAFETY: so many numbers are there, and outlive this handle on them, which does not leave this function. It is only read.
+    let there = if aligned { unsafe { Tensor::f_from_blob(bytes, &shape, &[], stored, Device::Cpu) }? } else { tensor(file, name, view)? };
+    // Over the bus in the file's kind, which is never wider than needed.
+    let mut copy = Tensor::f_empty(&shape, (if device == Device::Cpu { kind } else { stored }, device))?;
+    copy.f_copy_(&there)?;
+    Ok(copy.f_to_kind(kind)?)
+}
+
+fn shape_and_kind(file: &Path, name: &str, view: &TensorView<'_>) -> Result<(Vec<i64>, Kind)> {
     let bad = |reason: String| Error::Weights { file: file.to_owned(), reason };
     let kind = kind_of(view.dtype()).ok_or_else(|| bad(format!("tensor `{name}` is of kind {:?}; f16, bf16 and f32 are read", view.dtype())))?;
-    let shape = view
-        .shape()
-        .iter()
-        .map(|&side| i64::try_from(side))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|_| bad(format!("tensor `{name}` has an absurd shape")))?;
-    Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
+    let shape = view.shape().iter().map(|&side| i64::try_from(side)).collect::<Result<Vec<_>, _>>();
+    Ok((shape.map_err(|_| bad(format!("tensor `{name}` has an absurd shape")))?, kind))
 }
 
 /// What is wrong with a safetensors file, in words.
@@ -127,4 +142,33 @@ pub(crate) fn temporary(path: &Path) -> Result<PathBuf> {
     part.push(name);
     part.push(format!(".{}.part", std::process::id()));
     Ok(path.with_file_name(part))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::indexing_slicing)]
+    use super::*;
+
+    /// Wherever in memory the bytes begin, and whatever they are to become.
+    #[test]
+    fn converted_wherever_it_lies() {
+        let values = [1.5f32, -2.25, 0.125, 1e-3, 3.0, 65504.0];
+        let numbers = Tensor::from_slice(&values).view([2, 3]);
+        for stored in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
+            let wanted = numbers.to_kind(stored);
+            let mut bytes = vec![0; 6 * stored.elt_size_in_bytes()];
+            wanted.copy_data_u8(&mut bytes, 6);
+            for before in 0..9 {
+                let moved = [vec![7; before], bytes.clone()].concat();
+                let view = TensorView::new(dtype_of(stored).unwrap(), vec![2, 3], &moved[before..]).unwrap();
+                for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+                    let found = converted(Path::new("file"), "name", &view, Device::Cpu, kind).unwrap();
+                    assert_eq!((found.size(), found.kind()), (vec![2, 3], kind));
+                    assert!(found.equal(&wanted.to_kind(kind)), "{stored:?} to {kind:?}, {before} bytes further on: {found}");
+                    // Not a view of bytes that somebody else frees.
+                    assert_ne!(found.data_ptr().cast_const().cast::<u8>(), moved[before..].as_ptr());
+                }
+            }
+        }
+    }
 }

@@ -113,7 +113,8 @@ impl Transformer {
             Projection::Conv(conv) => conv.forward(&pixels(&h)?.f_contiguous()?)?,
             Projection::Linear(linear) => pixels(&linear.forward(&h)?)?,
         };
-        Ok(h.f_add(x)?)
+        // In the layout of `x`: convolutions behind a sum in that of tokens would copy their weights in each pass.
+        Ok(x.f_add(&h)?)
     }
 }
 
@@ -143,11 +144,12 @@ impl Block {
     fn forward(&self, x: &Tensor, grid: (i64, i64), pass: &mut Pass<'_>) -> Result<Tensor> {
         let normed = self.norm1.forward(x)?;
         let attended = pass.self_attention(grid, self.self_attention.project(&normed, &normed)?)?;
-        let x = x.f_add(&self.self_attention.merge(&attended)?)?;
+        // Sums have the layout of their first term, and `x` may come with the tokens innermost, which each norm would have to copy.
+        let x = self.self_attention.merge(&attended)?.f_add(&x)?;
         let text = pass.text;
         let attended = pass.cross_attention(grid, self.cross_attention.project(&self.norm2.forward(&x)?, text)?)?;
-        let x = x.f_add(&self.cross_attention.merge(&attended)?)?;
-        Ok(x.f_add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?)?)
+        let x = self.cross_attention.merge(&attended)?.f_add(&x)?;
+        Ok(self.feed_forward.forward(&self.norm3.forward(&x)?)?.f_add(&x)?)
     }
 }
 
@@ -206,5 +208,49 @@ impl FeedForward {
         let half = wide.size3()?.2 / 2;
         let (hidden, gate) = (wide.f_narrow(2, 0, half)?, wide.f_narrow(2, half, half)?);
         self.out.forward(&hidden.f_mul(&gate.f_gelu("none")?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
+    use super::*;
+    use crate::stable_diffusion::weights::Weights;
+    use crate::PlainAttention;
+    use tch::{Device, Kind};
+
+    /// In the layout of pixels, with either projection: a convolution that meets the other one copies its weights in every pass.
+    #[test]
+    fn what_comes_out_has_the_layout_of_what_went_in() {
+        let norms = ["norm", "transformer_blocks.0.norm1", "transformer_blocks.0.norm2", "transformer_blocks.0.norm3"];
+        let of_text = ["attn2.to_k", "attn2.to_v"];
+        let plain = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q"];
+        for use_linear in [false, true] {
+            let mut tensors = vec![];
+            let mut weight = |name: String, shape: &[i64], bias: bool| {
+                if bias {
+                    tensors.push((format!("{name}.bias"), Tensor::ones([shape[0]], (Kind::Float, Device::Cpu))));
+                }
+                tensors.push((format!("{name}.weight"), Tensor::ones(shape, (Kind::Float, Device::Cpu))));
+            };
+            norms.map(|name| weight(name.into(), &[8], true));
+            plain.map(|name| weight(format!("transformer_blocks.0.{name}"), &[8, 8], false));
+            of_text.map(|name| weight(format!("transformer_blocks.0.{name}"), &[8, 4], false));
+            let layers = [("attn1.to_out.0", 8, 8), ("attn2.to_out.0", 8, 8), ("ff.net.0.proj", 64, 8), ("ff.net.2", 8, 32)];
+            layers.map(|(name, outputs, inputs)| weight(format!("transformer_blocks.0.{name}"), &[outputs, inputs], true));
+            let projection: &[i64] = if use_linear { &[8, 8] } else { &[8, 8, 1, 1] };
+            ["proj_in", "proj_out"].map(|name| weight(name.into(), projection, true));
+
+            let folder = tempfile::tempdir().unwrap();
+            crate::tensor_file::write(&tensors, &folder.path().join("stem.safetensors")).unwrap();
+            let weights = Weights::open(folder.path(), "stem", false, Device::Cpu, Kind::Float).unwrap();
+            let shape = TransformerShape { channels: 8, heads: 2, layers: 1, text: 4, groups: 2, use_linear };
+            let transformer = Transformer::new(&weights.root(), shape).unwrap();
+            let x = Tensor::arange(96, (Kind::Float, Device::Cpu)).sin().view([1, 8, 3, 4]);
+            let text = Tensor::ones([1, 2, 4], (Kind::Float, Device::Cpu));
+            let output = transformer.forward(&x, &mut Pass::new(&text, &mut PlainAttention)).unwrap();
+            assert_eq!(output.size(), x.size());
+            assert!(output.is_contiguous(), "use_linear: {use_linear}");
+        }
     }
 }

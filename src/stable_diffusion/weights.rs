@@ -102,15 +102,17 @@ impl Weights {
         if found != expected {
             return Err(Error::TensorShape { file: file.to_owned(), name: name.to_owned(), expected: expected.to_vec(), found });
         }
-        let bytes = self.files.get(entry.file).and_then(|(_, map)| map.get(entry.bytes.clone())).unwrap_or_default();
-        let view = TensorView::new(entry.dtype, entry.shape.clone(), bytes).map_err(tensor_file::damaged(file))?;
-        let tensor = tensor_file::tensor(file, name, &view)?;
-        if !matches!(tensor.f_kind()?, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+        if !matches!(tensor_file::kind_of(entry.dtype), Some(Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double)) {
             let reason = format!("tensor `{name}` is of kind {:?}; f16, bf16 and f32 are read", entry.dtype);
             return Err(Error::Weights { file: file.to_owned(), reason });
         }
-        // Over the bus in the file's kind, which is never wider than needed.
-        let tensor = tensor.f_to_device(self.device)?.f_to_kind(self.kind)?;
+        let map = self.files.get(entry.file).map(|(_, map)| map);
+        let bytes = map.and_then(|map| map.get(entry.bytes.clone())).unwrap_or_default();
+        let view = TensorView::new(entry.dtype, entry.shape.clone(), bytes).map_err(tensor_file::damaged(file))?;
+        let tensor = tensor_file::converted(file, name, &view, self.device, self.kind)?;
+        if let Some(map) = map {
+            let_go(map, &entry.bytes);
+        }
         self.taken.borrow_mut().insert(name.to_owned(), tensor.shallow_clone());
         Ok(tensor)
     }
@@ -128,6 +130,17 @@ fn map(path: &Path) -> Result<Mmap> {
     // SAFETY: the map is read while a model is opened and dropped after. A program that cuts the file short in that
     // moment would end this one with SIGBUS; weights are not edited in place, and every reader of them runs this risk.
     unsafe { Mmap::map(&file) }.map_err(Error::io(path))
+}
+
+/// These bytes have been read, so that their pages need not count among the program's: a network would be in memory twice.
+#[allow(unsafe_code)]
+fn let_go(map: &Mmap, bytes: &Range<usize>) {
+    // Best effort: it is a hint.
+    #[cfg(unix)]
+    // SAFETY: nobody borrows from the map, which is of a file and never written to: what is read again comes from there again.
+    let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
+    #[cfg(not(unix))]
+    let _ = (map, bytes);
 }
 
 /// What a network's weights, or the index of their files, may be called: the first that exists is taken.
@@ -189,5 +202,35 @@ impl Scope<'_> {
     /// The tensor of this name, which must have this shape.
     pub(crate) fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         self.weights.take(&self.join(name), shape)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
+    use super::*;
+
+    /// Pages of files in this process's memory, in MiB.
+    fn of_files() -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssFile:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() / 1024
+    }
+
+    /// What has been read of a file is no longer in memory beside what became of it.
+    #[test]
+    fn a_network_is_in_memory_once() {
+        tch::set_num_threads(1);
+        let folder = tempfile::tempdir().unwrap();
+        let numbers = Tensor::ones([8 << 20], (Kind::Half, Device::Cpu));
+        let tensors = ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| (name.to_owned(), numbers.shallow_clone()));
+        tensor_file::write(&tensors, &folder.path().join("stem.safetensors")).unwrap();
+        let weights = Weights::open(folder.path(), "stem", false, Device::Cpu, Kind::Half).unwrap();
+        let before = of_files();
+        let taken = tensors.iter().map(|(name, _)| weights.take(name, &[8 << 20]).unwrap()).collect::<Vec<_>>();
+        let more = of_files().saturating_sub(before);
+        assert!(taken.iter().all(|tensor| tensor.equal(&numbers)));
+        // The file has 128 MiB; other tests run beside this one.
+        assert!(more < 40, "{more} MiB of the file are in memory");
     }
 }
