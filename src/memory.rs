@@ -1,4 +1,4 @@
-//! Whether a picture's size can fit at all: on a CPU the system would end the program without a word.
+//! Whether a picture's size can fit at all: on a CPU the system would end the program without a word. And what is free, given back.
 
 use crate::{Error, Result};
 
@@ -16,6 +16,17 @@ pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
             Err(Error::argument("size", reason))
         }
         _ => Ok(()),
+    }
+}
+
+/// Before another kind of work on the CPU. What tensors took and freed glibc keeps, in pieces that fit the next step of a run; the autoencoder,
+/// whose pieces are others, would need its memory on top of a step's.
+#[allow(unsafe_code)]
+pub(crate) fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it may be called at any time, by any thread.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

@@ -225,6 +225,7 @@ impl StableDiffusion {
                 None => self.vae.encode(&pixels),
             }
         };
+        self.give_back();
         tch::no_grad(|| one_by_one(picture, encode))
     }
 
@@ -249,7 +250,14 @@ impl StableDiffusion {
             };
             pixels.over(2.0)?.plus(0.5)?.within(0.0, 1.0)
         };
+        self.give_back();
         tch::no_grad(|| one_by_one(latents, decode))
+    }
+
+    fn give_back(&self) {
+        if self.device == Device::Cpu {
+            crate::memory::give_back();
+        }
     }
 
     /// The schedule in so many steps.
