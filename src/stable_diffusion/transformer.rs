@@ -2,7 +2,7 @@
 
 use super::layers::{merge_heads, split_heads, Conv2d, GroupNorm, LayerNorm, Linear};
 use super::weights::Scope;
-use crate::{AttentionHook, AttentionSite, Qkv, Result};
+use crate::{AttentionHook, AttentionSite, Error, Qkv, Result};
 use tch::Tensor;
 
 /// One forward pass on its way through the network: the condition, the hook, and how many attention layers it met.
@@ -145,7 +145,7 @@ impl Block {
         let normed = self.norm1.forward(x)?;
         let attended = pass.self_attention(grid, self.self_attention.project(&normed, &normed)?)?;
         // Sums have the layout of their first term, and `x` may come with the tokens innermost, which each norm would have to copy.
-        let x = self.self_attention.merge(&attended)?.f_add(&x)?;
+        let x = self.self_attention.merge(&attended)?.f_add(x)?;
         let text = pass.text;
         let attended = pass.cross_attention(grid, self.cross_attention.project(&self.norm2.forward(&x)?, text)?)?;
         let x = self.cross_attention.merge(&attended)?.f_add(&x)?;
@@ -204,9 +204,11 @@ impl FeedForward {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let wide = self.proj.forward(x)?;
-        let half = wide.size3()?.2 / 2;
-        let (hidden, gate) = (wide.f_narrow(2, 0, half)?, wide.f_narrow(2, half, half)?);
+        // Both halves in one operation, whose gradient is one tensor; that of two views would be the sum of two, each half of it zeros.
+        let halves = self.proj.forward(x)?.f_chunk(2, 2)?;
+        let [hidden, gate] = halves.as_slice() else {
+            return Err(Error::shape("feed-forward", "two halves", vec![]));
+        };
         self.out.forward(&hidden.f_mul(&gate.f_gelu("none")?)?)
     }
 }
@@ -233,13 +235,14 @@ mod tests {
                 }
                 tensors.push((format!("{name}.weight"), Tensor::ones(shape, (Kind::Float, Device::Cpu))));
             };
-            norms.map(|name| weight(name.into(), &[8], true));
-            plain.map(|name| weight(format!("transformer_blocks.0.{name}"), &[8, 8], false));
-            of_text.map(|name| weight(format!("transformer_blocks.0.{name}"), &[8, 4], false));
-            let layers = [("attn1.to_out.0", 8, 8), ("attn2.to_out.0", 8, 8), ("ff.net.0.proj", 64, 8), ("ff.net.2", 8, 32)];
-            layers.map(|(name, outputs, inputs)| weight(format!("transformer_blocks.0.{name}"), &[outputs, inputs], true));
+            norms.iter().for_each(|name| weight((*name).into(), &[8], true));
+            plain.iter().for_each(|name| weight(format!("transformer_blocks.0.{name}"), &[8, 8], false));
+            of_text.iter().for_each(|name| weight(format!("transformer_blocks.0.{name}"), &[8, 4], false));
+            for (name, outputs, inputs) in [("attn1.to_out.0", 8, 8), ("attn2.to_out.0", 8, 8), ("ff.net.0.proj", 64, 8), ("ff.net.2", 8, 32)] {
+                weight(format!("transformer_blocks.0.{name}"), &[outputs, inputs], true);
+            }
             let projection: &[i64] = if use_linear { &[8, 8] } else { &[8, 8, 1, 1] };
-            ["proj_in", "proj_out"].map(|name| weight(name.into(), projection, true));
+            ["proj_in", "proj_out"].iter().for_each(|name| weight((*name).into(), projection, true));
 
             let folder = tempfile::tempdir().unwrap();
             crate::tensor_file::write(&tensors, &folder.path().join("stem.safetensors")).unwrap();
