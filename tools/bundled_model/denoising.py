@@ -13,9 +13,12 @@ def scheduler(prediction):
 
 
 class Denoising:
-    def __init__(self, unet, prediction, device="cpu"):
+    """`min_snr` weights the losses by noise, as Hang et al. 2023 do; None is no weights."""
+
+    def __init__(self, unet, prediction, device="cpu", min_snr=None):
         alphas = scheduler(prediction).alphas_cumprod.to(device)
         self.unet, self.velocity, self.alpha, self.sigma = unet, prediction == "v_prediction", alphas.sqrt(), (1 - alphas).sqrt()
+        self.min_snr = min_snr
         self.nothing = torch.zeros(1, 1, unet.config.cross_attention_dim, device=device)
 
     def parts(self, x, t, noise):
@@ -26,8 +29,12 @@ class Denoising:
         return found, a * noise - s * x if self.velocity else noise, noised, a, s
 
     def loss(self, x, t, noise):
-        found, wanted, *_ = self.parts(x, t, noise)
-        return (found - wanted).square().mean()
+        found, wanted, _, a, s = self.parts(x, t, noise)
+        error = (found - wanted).square()
+        if self.min_snr is None:
+            return error.mean()
+        snr = (a / s).square()
+        return (error * snr.clamp(max=self.min_snr) / (snr + 1 if self.velocity else snr)).mean()
 
     @torch.no_grad()
     def held_out(self, x):

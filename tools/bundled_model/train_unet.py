@@ -18,6 +18,7 @@ from training import Run, flags
 
 parser = flags(__doc__, steps=10000, cooldown=3000, lr=2e-3, work=HERE / "work")
 parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
+parser.add_argument("--min-snr", type=float, metavar="GAMMA", help="losses weighted by min-SNR, such as 5")
 parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
 parser.add_argument("--attention-width", type=float, default=2.0, help="factor on the first weights of queries and keys")
 parser.add_argument("--batch", type=float, default=1.0, help="factor on the batch size, which is for two cores")
@@ -50,7 +51,7 @@ with torch.no_grad():
         if "attn1.to_q" in name or "attn1.to_k" in name:
             weight.mul_(args.attention_width)
 unet = unet.to(args.device).train()
-denoising = Denoising(unet, args.prediction, args.device)
+denoising = Denoising(unet, args.prediction, args.device, args.min_snr)
 tiles = Tiles(args.work)
 
 
