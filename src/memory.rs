@@ -1,4 +1,4 @@
-//! Whether a picture's size can fit at all: on a CPU the system would end the program without a word. And what is free, given back.
+//! Whether a picture's size can fit at all: on a CPU the system would end the program without a word. And giving freed memory back.
 
 use crate::{Error, Result};
 
@@ -19,8 +19,9 @@ pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
     }
 }
 
-/// Before another kind of work on the CPU. What tensors took and freed glibc keeps, in pieces that fit the next step of a run; the autoencoder,
+/// Before another kind of work on the CPU. Of what tensors took and freed glibc keeps all but the largest pieces, which fit the next step of a run; the autoencoder,
 /// whose pieces are others, would need its memory on top of a step's.
+#[cfg(feature = "stable-diffusion")]
 #[allow(unsafe_code)]
 pub(crate) fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

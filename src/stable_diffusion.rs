@@ -231,7 +231,7 @@ impl StableDiffusion {
 
     /// A picture `(batch, 3, height, width)` with values 0 to 1, from latents. One picture of the batch after the other: that
     /// takes the memory of one, and on a CPU less time (the bundled model, four of 256 x 256 pixels). Large ones are decoded in
-    /// [tiles](Self::set_tiling).
+    /// [tiles](Self::set_tiling). On a CPU the process's freed memory goes back to the system first, where the C library is glibc.
     ///
     /// # Errors
     /// Latents of another number of channels.

@@ -40,14 +40,16 @@ pub(crate) fn tensor(file: &Path, name: &str, view: &TensorView<'_>) -> Result<T
     Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
 }
 
-/// The same on a device and in a kind, from the bytes in one go: large networks are loaded in the time of a copy.
+/// The same on a device and in a kind, without a copy in between. The view is one of a file whose header was found sound.
+#[cfg(feature = "stable-diffusion")]
 #[allow(unsafe_code)]
 pub(crate) fn converted(file: &Path, name: &str, view: &TensorView<'_>, device: Device, kind: Kind) -> Result<Tensor> {
     let (shape, stored) = shape_and_kind(file, name, view)?;
     let bytes = view.data().as_ptr();
     // As libtorch wants its numbers; a file need not have them so.
     let aligned = bytes.align_offset(stored.elt_size_in_bytes()) == 0;
-    // SAFETY: so many numbers are there, and outlive this handle on them, which does not leave this function. It is only read.
+    // SAFETY: so many numbers are there, as the view and the header's check made sure, and outlive this handle on them, which does not leave
+    // this function. It is only read, and has been when the copy returns, also by a GPU.
     let there = if aligned { unsafe { Tensor::f_from_blob(bytes, &shape, &[], stored, Device::Cpu) }? } else { tensor(file, name, view)? };
     // Over the bus in the file's kind, which is never wider than needed.
     let mut copy = Tensor::f_empty(&shape, (if device == Device::Cpu { kind } else { stored }, device))?;
@@ -144,7 +146,7 @@ pub(crate) fn temporary(path: &Path) -> Result<PathBuf> {
     Ok(path.with_file_name(part))
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "stable-diffusion"))]
 mod tests {
     #![allow(clippy::disallowed_methods, clippy::unwrap_used, clippy::indexing_slicing)]
     use super::*;

@@ -152,12 +152,15 @@ fn steps_leave_nothing_behind() {
     // What steps took and freed, the autoencoder need not go without. Pieces of 1 MiB among some that stay, which alone hold glibc's memory back:
     // those that follow a freed one of 16 MiB are no longer mappings of their own.
     drop(Tensor::ones([4 << 20], (Kind::Float, Device::Cpu)));
+    let start = Memory::now().unwrap();
     let (kept, freed): (Vec<_>, Vec<_>) =
         (0..200).map(|i| (i % 8 == 0, Tensor::ones([1 << 18], (Kind::Float, Device::Cpu)))).partition(|(stays, _)| *stays);
     drop(freed);
     let before = Memory::now().unwrap();
+    let held = before.since(start).resident - (kept.len() as i64) * 1024;
     let _picture = model.decode(&content).unwrap();
     let given_back = -Memory::now().unwrap().since(before).resident;
-    say(&format!("{given_back} KiB of 179,200 given back, {} pieces kept", kept.len()));
-    assert!(!counted || given_back > 100 << 10, "{given_back} KiB given back");
+    say(&format!("{given_back} KiB given back of {held} held"));
+    // An allocator that was told to hold nothing has nothing to give.
+    assert!(!counted || held < 100 << 10 || given_back > held / 2, "{given_back} KiB given back of {held}");
 }

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use tch::TchError;
 
 /// Empty where build.rs could not make it, and then why.
+#[cfg(target_os = "linux")]
 const LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cuda_graphs.so"));
 const WHY_NOT: &str = include_str!(concat!(env!("OUT_DIR"), "/cuda_graphs.txt"));
 
@@ -62,12 +63,10 @@ fn load() -> std::result::Result<Shim, String> {
     if LIBRARY.is_empty() {
         return Err(format!("their part in C++ was not built: {WHY_NOT}"));
     }
-    let file = file().map_err(|error| format!("no file in memory: {error}"))?;
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    let file = file().map_err(|error| format!("a file in memory (memfd_create) could not be made: {error}"))?;
+    let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
     // SAFETY: it is the library that build.rs made, whose initialisers are the compiler's.
     let opened = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
-    // It is mapped, or of no use.
-    drop(file);
     let library = opened.map_err(|error| device::with_causes(&error))?;
     // SAFETY: the types are those of shim.cpp.
     let shim = unsafe {
@@ -82,8 +81,9 @@ fn load() -> std::result::Result<Shim, String> {
             free_error: function(&library, c"graphs_free_error")?,
         }
     };
-    // Its functions live as long as the process.
-    std::mem::forget(library);
+    // Its functions live as long as the process, and so does the file: the loader takes a library of a path that it knows for the one it has, so no
+    // other file may come to have this path.
+    std::mem::forget((library, file));
     Ok(shim)
 }
 

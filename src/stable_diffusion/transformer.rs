@@ -205,9 +205,10 @@ impl FeedForward {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         // Both halves in one operation, whose gradient is one tensor; that of two views would be the sum of two, each half of it zeros.
-        let halves = self.proj.forward(x)?.f_chunk(2, 2)?;
+        let wide = self.proj.forward(x)?;
+        let halves = wide.f_chunk(2, 2)?;
         let [hidden, gate] = halves.as_slice() else {
-            return Err(Error::shape("feed-forward", "two halves", vec![]));
+            return Err(Error::shape("feed-forward", "two halves", wide.size()));
         };
         self.out.forward(&hidden.f_mul(&gate.f_gelu("none")?)?)
     }
@@ -254,6 +255,11 @@ mod tests {
             let output = transformer.forward(&x, &mut Pass::new(&text, &mut PlainAttention)).unwrap();
             assert_eq!(output.size(), x.size());
             assert!(output.is_contiguous(), "use_linear: {use_linear}");
+
+            let pixels = x.flatten(2, 3).transpose(1, 2);
+            let block = transformer.blocks.first().unwrap();
+            let tokens = block.forward(&pixels, (3, 4), &mut Pass::new(&text, &mut PlainAttention)).unwrap();
+            assert!(!pixels.is_contiguous() && tokens.is_contiguous());
         }
     }
 }

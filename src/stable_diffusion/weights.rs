@@ -135,9 +135,9 @@ fn map(path: &Path) -> Result<Mmap> {
 /// These bytes have been read, so that their pages need not count among the program's: a network would be in memory twice.
 #[allow(unsafe_code)]
 fn let_go(map: &Mmap, bytes: &Range<usize>) {
-    // Best effort: it is a hint.
+    // Best effort: where it fails, memory is all that it costs.
     #[cfg(unix)]
-    // SAFETY: nobody borrows from the map, which is of a file and never written to: what is read again comes from there again.
+    // SAFETY: the map is shared and read-only: a page that goes, a neighbour's too, comes back from the file with the same bytes.
     let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
     #[cfg(not(unix))]
     let _ = (map, bytes);
@@ -210,11 +210,13 @@ mod tests {
     #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
     use super::*;
 
-    /// Pages of files in this process's memory, in MiB.
-    fn of_files() -> usize {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("RssFile:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() / 1024
+    /// How much of a mapped file is in this process's memory, in KiB.
+    fn resident(file: &Path) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.ends_with(&*file.to_string_lossy()));
+        assert!(lines.next().is_some(), "{} is not mapped", file.display());
+        let line = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
     /// What has been read of a file is no longer in memory beside what became of it.
@@ -222,15 +224,14 @@ mod tests {
     fn a_network_is_in_memory_once() {
         tch::set_num_threads(1);
         let folder = tempfile::tempdir().unwrap();
-        let numbers = Tensor::ones([8 << 20], (Kind::Half, Device::Cpu));
+        let file = folder.path().canonicalize().unwrap().join("stem.safetensors");
+        let numbers = Tensor::ones([1 << 20], (Kind::Half, Device::Cpu));
         let tensors = ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| (name.to_owned(), numbers.shallow_clone()));
-        tensor_file::write(&tensors, &folder.path().join("stem.safetensors")).unwrap();
-        let weights = Weights::open(folder.path(), "stem", false, Device::Cpu, Kind::Half).unwrap();
-        let before = of_files();
-        let taken = tensors.iter().map(|(name, _)| weights.take(name, &[8 << 20]).unwrap()).collect::<Vec<_>>();
-        let more = of_files().saturating_sub(before);
+        tensor_file::write(&tensors, &file).unwrap();
+        let weights = Weights::open(file.parent().unwrap(), "stem", false, Device::Cpu, Kind::Half).unwrap();
+        let taken = tensors.iter().map(|(name, _)| weights.take(name, &[1 << 20]).unwrap()).collect::<Vec<_>>();
         assert!(taken.iter().all(|tensor| tensor.equal(&numbers)));
-        // The file has 128 MiB; other tests run beside this one.
-        assert!(more < 40, "{more} MiB of the file are in memory");
+        // Of 16 MiB: the header's page may be there, and what the system reads ahead.
+        assert!(resident(&file) < 1024, "{} KiB of the file are in memory", resident(&file));
     }
 }

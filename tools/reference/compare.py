@@ -58,8 +58,8 @@ def arguments():
     for case in args.cases:
         if case not in CASES:
             parser.error(f"no case is called {case}; there are {', '.join(CASES)}")
-        if args.cuda_graphs and CASES[case].task != "style_transfer":
-            parser.error(f"{case}: --cuda-graphs is for cases of style_transfer")
+        if args.cuda_graphs and (CASES[case].task != "style_transfer" or args.device == "cpu"):
+            parser.error(f"{case}: --cuda-graphs is for cases of style_transfer, and for --device cuda")
     for name in ("steps", "iterations", "rounds", "threads"):
         number = getattr(args, name)
         if number is not None and number < 1:
