@@ -19,8 +19,8 @@ pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
     }
 }
 
-/// Before another kind of work on the CPU. Of what tensors took and freed glibc keeps all but the largest pieces, which fit the next step of a run; the autoencoder,
-/// whose pieces are others, would need its memory on top of a step's.
+/// Before another kind of work on the CPU. Of what tensors took and freed glibc keeps all but the largest pieces. They fit the next step
+/// of a run; the autoencoder, whose pieces are others, would need its memory on top of a step's.
 #[cfg(feature = "stable-diffusion")]
 #[allow(unsafe_code)]
 pub(crate) fn give_back() {

@@ -110,7 +110,8 @@ fn file() -> std::io::Result<std::fs::File> {
     Ok(file)
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     #![allow(unsafe_code, clippy::print_stdout)]
     use super::*;

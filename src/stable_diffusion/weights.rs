@@ -205,33 +205,36 @@ impl Scope<'_> {
     }
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
-    #![allow(clippy::disallowed_methods, clippy::unwrap_used)]
     use super::*;
+    use std::error::Error;
 
-    /// How much of a mapped file is in this process's memory, in KiB.
-    fn resident(file: &Path) -> usize {
-        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    /// How much of a mapped file is in this process's memory, in KiB; none where the system does not tell.
+    fn resident(file: &Path) -> Option<usize> {
+        let maps = std::fs::read_to_string("/proc/self/smaps").ok()?;
         let mut lines = maps.lines().skip_while(|line| !line.ends_with(&*file.to_string_lossy()));
-        assert!(lines.next().is_some(), "{} is not mapped", file.display());
-        let line = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse().unwrap()
+        let line = lines.find_map(|line| line.strip_prefix("Rss:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse().ok()
     }
 
     /// What has been read of a file is no longer in memory beside what became of it.
     #[test]
-    fn a_network_is_in_memory_once() {
+    fn a_network_is_in_memory_once() -> std::result::Result<(), Box<dyn Error>> {
         tch::set_num_threads(1);
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().canonicalize().unwrap().join("stem.safetensors");
-        let numbers = Tensor::ones([1 << 20], (Kind::Half, Device::Cpu));
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().canonicalize()?.join("stem.safetensors");
+        let numbers = Tensor::f_ones([1 << 20], (Kind::Half, Device::Cpu))?;
         let tensors = ["a", "b", "c", "d", "e", "f", "g", "h"].map(|name| (name.to_owned(), numbers.shallow_clone()));
-        tensor_file::write(&tensors, &file).unwrap();
-        let weights = Weights::open(file.parent().unwrap(), "stem", false, Device::Cpu, Kind::Half).unwrap();
-        let taken = tensors.iter().map(|(name, _)| weights.take(name, &[1 << 20]).unwrap()).collect::<Vec<_>>();
-        assert!(taken.iter().all(|tensor| tensor.equal(&numbers)));
+        tensor_file::write(&tensors, &file)?;
+        let weights = Weights::open(folder.path().canonicalize()?.as_path(), "stem", false, Device::Cpu, Kind::Half)?;
+        for (name, _) in &tensors {
+            assert!(weights.take(name, &[1 << 20])?.equal(&numbers));
+        }
         // Of 16 MiB: the header's page may be there, and what the system reads ahead.
-        assert!(resident(&file) < 1024, "{} KiB of the file are in memory", resident(&file));
+        let found = resident(&file);
+        assert!(found.is_some() || !cfg!(target_os = "linux"));
+        assert!(found.is_none_or(|found| found < 1024), "{found:?} KiB of the file are in memory");
+        Ok(())
     }
 }
