@@ -3,6 +3,9 @@
 //! Programs that link libtorch_cuda cannot start where there is only a CPU libtorch, and those that do not link it
 //! never see a GPU: `tch::Device::cuda_if_available()` then says CPU. Here the library is opened when it is asked
 //! for, which registers CUDA with libtorch; no linker flag is needed, in programs that depend on this crate neither.
+//!
+//! Ask before all else that is done with tch, of which a program needs no more than one call of [`best`] or [`parse`]: libtorch looks for CUDA
+//! only once, where a seed is set, where GPUs are counted, and at the first backward pass.
 
 use crate::{Error, Result};
 use std::{path::PathBuf, sync::OnceLock};
@@ -69,12 +72,15 @@ fn cuda() -> std::result::Result<usize, &'static str> {
 }
 
 fn open_cuda() -> std::result::Result<usize, String> {
+    // Before libtorch is asked for CUDA at all: it looks for it once, and what it then does not find is never there. Where the
+    // library is there already, opening it again does nothing.
+    let opened = open_library();
+    // Counting devices throws where CUDA is not registered.
     if !tch::utils::has_cudart() {
-        open_library()?;
-    }
-    // Asked first: counting devices throws where CUDA is not registered.
-    if !tch::utils::has_cudart() {
-        return Err("libtorch_cuda was opened, but did not register with libtorch".into());
+        opened?;
+        return Err("libtorch_cuda was opened too late: something asked libtorch for CUDA before, which it looks for once; call `device::best` or \
+            `device::parse` before anything of tch that asks for GPUs, such as `tch::Cuda` or `tch::manual_seed`"
+            .into());
     }
     Ok(usize::try_from(tch::Cuda::device_count()).unwrap_or(0))
 }

@@ -82,6 +82,22 @@ class Tiles:
         return torch.from_numpy(crops).permute(0, 3, 1, 2).div(127.5).sub(1).contiguous()
 
 
+class Batches(torch.utils.data.DataLoader):
+    """`crops_of(step, rng)` for each of the steps. Each has a generator of its own, of seed and step, so it makes no difference which process
+    cuts it, nor whether the run was stopped before."""
+
+    def __init__(self, crops_of, seed, steps, workers, device):
+        super().__init__(_Crops(crops_of, seed), batch_size=None, sampler=steps, num_workers=workers, pin_memory=device.type == "cuda")
+
+
+class _Crops(torch.utils.data.Dataset):
+    def __init__(self, crops_of, seed):
+        self.crops_of, self.seed = crops_of, seed
+
+    def __getitem__(self, step):
+        return self.crops_of(step, np.random.default_rng((self.seed, step)))
+
+
 def recoloured(crop, rng):
     """Another palette: channels mixed, contrast and light changed. Small data has few of the palettes that paintings have."""
     mix = np.eye(3) + rng.normal(0, 0.15, (3, 3))

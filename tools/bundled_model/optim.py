@@ -4,16 +4,16 @@ import torch
 
 
 @torch.no_grad()
-def orthogonal(update):
-    """The nearest matrix with singular values near 1, by five steps of Newton and Schulz with Muon's coefficients."""
-    x = update.reshape(update.shape[0], -1)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+def orthogonal(updates):
+    """Of each matrix, `(count, rows, columns)`, the nearest with singular values near 1, by five steps of Newton and Schulz with Muon's
+    coefficients."""
+    tall = updates.shape[1] > updates.shape[2]
+    x = updates.mT if tall else updates
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        a = x @ x.T
+        a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.T if tall else x).reshape(update.shape)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -30,23 +30,31 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"], state["mean"] = 0, torch.zeros_like(p)
-                    if not group["muon"]:
-                        state["square"] = torch.zeros_like(p)
-                state["step"] += 1
-                n, mean = state["step"], state["mean"]
-                if group["muon"]:
-                    p.mul_(1 - group["lr"] * group["decay"])
-                    mean.lerp_(p.grad, 0.05)
-                    update = orthogonal(p.grad.lerp(mean, 0.95))
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[0], p[0].numel()) ** 0.5)
-                else:
-                    mean.lerp_(p.grad, 0.1)
-                    state["square"].lerp_(p.grad.square(), 0.01)
-                    root = (state["square"] / (1 - 0.99**n)).sqrt_().add_(1e-8)
-                    p.addcdiv_(mean, root, value=-group["lr"] / (1 - 0.9**n))
+            seen = [p for p in group["params"] if p.grad is not None]
+            for p in seen:
+                if not self.state[p]:
+                    self.state[p].update({"step": 0, "mean": torch.zeros_like(p)} | ({} if group["muon"] else {"square": torch.zeros_like(p)}))
+                self.state[p]["step"] += 1
+            (self._muon if group["muon"] else self._adamw)(seen, group["lr"], group["decay"])
+
+    def _muon(self, seen, lr, decay):
+        # Those of one shape together: on a GPU most of the time goes by starting work, not by doing it.
+        shapes = {}
+        for p in seen:
+            shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
+        for (rows, columns), params in shapes.items():
+            grads, means = [p.grad for p in params], [self.state[p]["mean"] for p in params]
+            torch._foreach_lerp_(means, grads, 0.05)
+            looked_ahead = torch._foreach_lerp(grads, means, 0.95)
+            updates = orthogonal(torch.stack([update.reshape(rows, columns) for update in looked_ahead]))
+            torch._foreach_mul_(params, 1 - lr * decay)
+            updates = [update.reshape(p.shape) for update, p in zip(updates, params)]
+            torch._foreach_add_(params, updates, alpha=-lr * 0.2 * max(rows, columns) ** 0.5)
+
+    def _adamw(self, seen, lr, decay):
+        for p in seen:
+            n, mean, square = (self.state[p][key] for key in ("step", "mean", "square"))
+            mean.lerp_(p.grad, 0.1)
+            square.lerp_(p.grad.square(), 0.01)
+            root = (square / (1 - 0.99**n)).sqrt_().add_(1e-8)
+            p.addcdiv_(mean, root, value=-lr / (1 - 0.9**n))

@@ -25,6 +25,7 @@ parser.add_argument("--batch", type=float, default=1.0, help="factor on the batc
 parser.add_argument("--name", default="unet")
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
+torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
 
 CONFIG = dict(
     sample_size=64,
@@ -57,25 +58,29 @@ tiles = Tiles(args.work)
 
 def encode(pictures):
     with torch.no_grad():
-        return vae.encode(pictures.to(args.device)).latent_dist.mean
+        return vae.encode(pictures).latent_dist.mean
 
 
-def loss_of(run):
+def crops_of(step, rng):
     # Cheap sizes for the first 40 %, then the sizes that the model is used at.
-    odds = EARLY if run.step < 0.4 * args.steps else LATE
-    side, count = SIZES[run.rng.choice(len(SIZES), p=odds)]
-    x = encode(tiles.crops(max(1, round(count * args.batch)), 4 * side, run.rng))
+    odds = EARLY if step < 0.4 * args.steps else LATE
+    side, count = SIZES[rng.choice(len(SIZES), p=odds)]
+    return tiles.crops(max(1, round(count * args.batch)), 4 * side, rng)
+
+
+def loss_of(run, pictures):
+    x = encode(pictures)
     t = torch.randint(0, 1000, (len(x),), device=args.device, generator=run.generator)
     return denoising.loss(x, t, torch.randn(x.shape, device=args.device, generator=run.generator))
 
 
-held_out = encode(tiles.held_out(128))
+held_out = encode(tiles.held_out(128).to(args.device))
 if args.optimizer == "muon":
     optimizer = Muon(unet, args.lr)
 else:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-run = Run(args.work / f"{args.name}_run", unet, optimizer, args.steps, args.cooldown, args.seed)
-done = run.go(loss_of, lambda _: denoising.held_out(held_out))
+run = Run(args.work / f"{args.name}_run", unet, optimizer, args)
+done = run.go(crops_of, loss_of, lambda _: denoising.held_out(held_out))
 run.averaged(lambda _: unet.save_pretrained(args.work / args.name))
 scheduler(args.prediction).save_pretrained(args.work / "scheduler")
 print("done" if done else "stopped; the same command goes on")

@@ -74,9 +74,12 @@ def distance(x, y):
     return loss
 
 
-def loss_of(run):
-    side, count = (64, 16) if run.step < 0.7 * args.steps else (128, 4)
-    x = tiles.crops(count, side, run.rng).to(args.device)
+def crops_of(step, rng):
+    side, count = (64, 16) if step < 0.7 * args.steps else (128, 4)
+    return tiles.crops(count, side, rng)
+
+
+def loss_of(run, x):
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean
         amount = torch.rand(len(x), 1, 1, 1, device=args.device, generator=run.generator)
@@ -93,7 +96,7 @@ def validate(run):
 
 
 optimizer = Muon(vae, args.lr, decay=1e-3, outer=("decoder.conv_in", "decoder.conv_out", "encoder"))
-run = Run(args.work / "vae_run", vae, optimizer, args.steps, args.cooldown, args.seed, average=0.995, every=500)
-done = run.go(loss_of, validate)
+run = Run(args.work / "vae_run", vae, optimizer, args, average=0.995, every=500)
+done = run.go(crops_of, loss_of, validate)
 run.averaged(lambda _: vae.save_pretrained(args.work / "vae"))
 print("done" if done else "stopped; the same command goes on")

@@ -7,8 +7,9 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+
+from data import Batches
 
 
 def flags(doc, steps, cooldown, lr, work):
@@ -20,6 +21,7 @@ def flags(doc, steps, cooldown, lr, work):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that cut crops ahead, which a GPU wants; the same crops for any N")
     parser.add_argument("--work", type=Path, default=work)
     return parser
 
@@ -32,14 +34,14 @@ class Run:
     killed and started again ends with the same weights, up to the roundings of the machine.
     """
 
-    def __init__(self, folder, model, optimizer, steps, cooldown, seed, warmup=100, average=0.998, every=250):
+    def __init__(self, folder, model, optimizer, args, warmup=100, average=0.998, every=250):
         self.folder, self.model, self.optimizer = Path(folder), model, optimizer
-        self.steps, self.cooldown, self.warmup, self.average, self.every = steps, cooldown, warmup, average, every
+        self.steps, self.cooldown, self.seed, self.workers = args.steps, args.cooldown, args.seed, args.workers
+        self.warmup, self.average, self.every = warmup, average, every
         self.folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(seed)
-        self.rng = np.random.default_rng(seed)
+        torch.manual_seed(self.seed)
         self.device = next(model.parameters()).device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
         self.step, self.seconds, self.loss = 0, 0.0, None
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -64,7 +66,6 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step, self.seconds, self.loss = state["ema"], state["step"], state["seconds"], state["loss"]
-            self.rng.bit_generator.state = state["rng"]
             self.generator.set_state(state["generator"].cpu())
             self.say(f"goes on from {name}")
             return
@@ -73,7 +74,7 @@ class Run:
         first_of_cooldown = self.steps - self.cooldown
         state = dict(
             model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema, step=self.step, seconds=self.seconds, loss=self.loss,
-            rng=self.rng.bit_generator.state, generator=self.generator.get_state(), cooldown_from=first_of_cooldown if self.step > first_of_cooldown else None,
+            generator=self.generator.get_state(), cooldown_from=first_of_cooldown if self.step > first_of_cooldown else None,
         )
         torch.save(state, self.folder / "new.pt")
         os.replace(self.folder / "new.pt", self.folder / name)
@@ -88,30 +89,36 @@ class Run:
         left = self.steps - self.step
         return min(1.0, (self.step + 1) / self.warmup, left / self.cooldown if self.cooldown else 1.0)
 
-    def go(self, loss_of, validate):
-        """`loss_of(run)` gives the loss of a fresh batch, `validate(run)` a dict of numbers for the averaged weights."""
+    def go(self, crops_of, loss_of, validate):
+        """`crops_of(step, rng)` cuts the pictures of a step, `loss_of(run, pictures)` gives their loss, `validate(run)` a dict of numbers for the
+        averaged weights."""
         trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own, average = zip(*((v, self.ema[k]) for k, v in self.model.state_dict().items()))
+        batches = iter(Batches(crops_of, self.seed, range(self.step, self.steps), self.workers, self.device))
         while self.step < self.steps and not self.stop:
             start = time.perf_counter()
+            pictures = next(batches).to(self.device, non_blocking=True)
             if self.step == self.steps - self.cooldown:
                 self.save("trunk.pt")
             for group, rate in zip(self.optimizer.param_groups, self.rates):
                 group["lr"] = rate * self.factor()
-            loss = loss_of(self)
+            loss = loss_of(self, pictures)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             self.optimizer.step()
             keep = min(self.average, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                for k, v in self.model.state_dict().items():
-                    self.ema[k].lerp_(v, 1 - keep)
+                torch._foreach_lerp_(average, own, 1 - keep)
             self.step += 1
-            value = loss.item()
+            # Not looked at in each step: a GPU would have to wait.
+            value = loss.detach()
             self.loss = value if self.loss is None else 0.99 * self.loss + 0.01 * value
+            if self.step % 50 == 0:
+                value = float(self.loss)
             self.seconds += time.perf_counter() - start
             if self.step % 50 == 0:
-                self.say(f"loss {self.loss:.4f}", loss=self.loss)
+                self.say(f"loss {value:.4f}", loss=value)
             if self.step % self.every == 0 or self.step == self.steps:
                 self.save()
                 numbers = self.averaged(validate)
