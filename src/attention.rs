@@ -1,7 +1,9 @@
 //! The seam: a network calls its hook once per attention layer, and the hook computes the attention.
 
+mod cudnn;
 mod product;
 
+pub(crate) use cudnn::without_cudnn;
 pub(crate) use product::scaled_dot_product;
 
 use crate::{Error, Result};

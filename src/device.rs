@@ -82,6 +82,7 @@ fn open_cuda() -> std::result::Result<usize, String> {
             `device::parse` before anything of tch that asks for GPUs, such as `tch::Cuda` or `tch::manual_seed`"
             .into());
     }
+    crate::attention::without_cudnn();
     Ok(usize::try_from(tch::Cuda::device_count()).unwrap_or(0))
 }
 
@@ -120,13 +121,16 @@ fn open_library() -> std::result::Result<(), String> {
 /// By its name, as the loader searches; then beside the libtorch_cpu that this process runs on.
 #[cfg(unix)]
 fn candidates() -> Vec<PathBuf> {
-    let mut paths = vec![PathBuf::from("libtorch_cuda.so")];
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let cpu = maps.lines().filter_map(|line| line.find('/').and_then(|start| line.get(start..))).find(|path| path.ends_with("/libtorch_cpu.so"));
-    if let Some(folder) = cpu.and_then(|path| std::path::Path::new(path).parent()) {
-        paths.push(folder.join("libtorch_cuda.so"));
-    }
-    paths
+    [PathBuf::from("libtorch_cuda.so")].into_iter().chain(beside_libtorch_cpu("libtorch_cuda.so")).collect()
+}
+
+/// The file of this name in the folder of the libtorch_cpu that this process runs on.
+#[cfg(unix)]
+pub(crate) fn beside_libtorch_cpu(name: &str) -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let mut paths = maps.lines().filter_map(|line| line.find('/').and_then(|start| line.get(start..)));
+    let cpu = paths.find(|path| path.ends_with("/libtorch_cpu.so"))?;
+    Some(std::path::Path::new(cpu).with_file_name(name))
 }
 
 #[cfg(test)]

@@ -5,9 +5,16 @@ use crate::{Denoiser, Error, FeatureRecorder, Features, Loss, Optimizer, Referen
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// Gradients of a mean over a million features are below f16's smallest number; the loss is scaled by this
+/// Gradients of a mean over a million features are below f16's smallest number; the loss is scaled by this at most
 /// before the backward pass of an f16 network, and the gradient back afterwards, in f32.
 const HALF_LOSS_SCALE: f64 = 65536.0;
+
+/// A power of two, which rounds nothing. Those of a mean over few features, of a small layer, would be above f16's largest number on
+/// their way through the network: they start from 1 at most.
+fn half_loss_scale(features: &Features) -> f64 {
+    let fewest = features.layers().map(|layer| layer.query.numel()).min().unwrap_or(1).max(1);
+    HALF_LOSS_SCALE.min(f64::from(1_u32 << fewest.ilog2().min(30)))
+}
 
 /// A network, seen through some of its self-attention layers under the null prompt.
 #[derive(Debug)]
@@ -38,16 +45,42 @@ impl<D: Denoiser> FeatureExtractor<D> {
 
     /// The features of references, without a graph: one forward pass each, which ends before the last layer's
     /// [output](crate::LayerFeatures::output), and none for what is in a style's [cache](crate::FeatureCache). Styles of weight 0 are left out.
+    /// On a GPU those of one size share a pass, where no style has a cache.
     ///
     /// # Errors
     /// As [`Features::extract`].
     pub fn references(&self, latents: &References, timestep: f64) -> Result<References<Features>> {
+        if latents.content.iter().chain(latents.counted().map(|style| &style.of)).all(|latents| latents.device().is_cuda()) {
+            if let Some(features) = self.in_one_pass(latents, timestep)? {
+                return Ok(features);
+            }
+        }
         let mut features = latents.try_map_styles(|style| match &style.cache {
             Some(cache) => cache.features(timestep, &self.layers, || self.reference(&style.of, timestep)),
             None => self.reference(&style.of, timestep),
         })?;
         features.content = latents.content.as_ref().map(|content| self.reference(content, timestep)).transpose()?;
         Ok(features)
+    }
+
+    /// The same by one pass of all, which a GPU has room for: it takes little longer than that of one. None where they do not go
+    /// together, or where there is but one.
+    fn in_one_pass(&self, latents: &References, timestep: f64) -> Result<Option<References<Features>>> {
+        let cached = latents.counted().any(|style| style.cache.is_some());
+        let all: Vec<&Tensor> = latents.counted().map(|style| &style.of).chain(&latents.content).collect();
+        let alike = all.windows(2).all(|pair| matches!(pair, [a, b] if a.size() == b.size() && a.kind() == b.kind()));
+        if cached || !alike || all.len() < 2 || self.denoiser.condition_batch(&self.condition) != 1 {
+            return Ok(None);
+        }
+        let features = self.reference(&Tensor::f_cat(&all, 0)?, timestep)?;
+        let mut start = 0;
+        let parts = latents.try_map_counted(|one| {
+            let end = start + one.size().first().copied().unwrap_or(0);
+            let part = features.narrow(start..end);
+            start = end;
+            part
+        })?;
+        Ok(Some(parts))
     }
 
     /// The features of one reference.
@@ -68,7 +101,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
         let mut evaluate = |features: &Features| {
             let value = loss.evaluate(features, references)?;
             if features.layers().any(|layer| matches!(layer.query.f_kind(), Ok(Kind::Half))) {
-                scale = HALF_LOSS_SCALE;
+                scale = half_loss_scale(features);
                 return value.times(scale);
             }
             Ok(value)
@@ -103,5 +136,80 @@ fn check_timestep(timestep: f64) -> Result<()> {
         Ok(())
     } else {
         Err(Error::argument("timestep", format!("{timestep} is not a number")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionHook, AttentionSite, Qkv, Style};
+    use tch::Device;
+
+    /// One layer of attention among the pixels.
+    struct Net(Kind);
+
+    impl Denoiser for Net {
+        type Condition = ();
+
+        fn forward(&self, latents: &Tensor, timestep: f64, (): &(), hook: &mut dyn AttentionHook) -> Result<Tensor> {
+            let (_, _, height, width) = latents.size4()?;
+            let tokens = latents.times(1.0 + timestep / 1000.0)?.f_to_kind(self.0)?.f_flatten(2, 3)?.f_transpose(1, 2)?.f_unsqueeze(1)?;
+            let (query, key) = (tokens.f_sin()?, tokens.f_cos()?);
+            hook.attend(&AttentionSite::self_attention(0, (height, width)), Qkv::new(query, key, tokens))
+        }
+    }
+
+    fn picture(batch: i64, phase: f64) -> Result<Tensor> {
+        let numbers = Tensor::f_arange(batch * 4 * 6 * 5, (Kind::Float, Device::Cpu))?;
+        Ok(numbers.times(0.7)?.plus(phase)?.f_sin()?.f_view([batch, 4, 6, 5])?)
+    }
+
+    #[test]
+    fn one_pass_finds_what_one_for_each_does() -> Result<()> {
+        tch::set_num_threads(1);
+        let extractor = FeatureExtractor::new(Net(Kind::Float), (), 0..1);
+        let unseen = Style::new(picture(1, 9.0)?).with_weight(0.0);
+        let references =
+            References::styles([Style::new(picture(1, 0.0)?), unseen, Style::new(picture(1, 1.0)?).with_weight(0.5)]).with_content(picture(1, 2.0)?);
+        let (alone, together) = (extractor.references(&references, 400.0)?, extractor.in_one_pass(&references, 400.0)?);
+        let together = together.ok_or_else(|| Error::argument("references", "go together"))?;
+        let all = |found: &References<Features>| -> Vec<Tensor> {
+            let features = found.styles.iter().map(|style| &style.of).chain(&found.content);
+            features.flat_map(Features::tensors).map(Tensor::shallow_clone).collect()
+        };
+        let (alone, weights) = (all(&alone), together.styles.iter().map(|style| style.weight).collect::<Vec<_>>());
+        let together = all(&together);
+        assert_eq!((weights.as_slice(), alone.len(), together.len()), ([1.0, 0.5].as_slice(), 9, 9));
+        for (ours, theirs) in together.iter().zip(&alone) {
+            assert!(ours.f_allclose(theirs, 1e-6, 1e-6, false)?);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_left_to_passes_of_its_own() -> Result<()> {
+        tch::set_num_threads(1);
+        let extractor = FeatureExtractor::new(Net(Kind::Float), (), 0..1);
+        let none = |references: &References| Ok::<_, Error>(extractor.in_one_pass(references, 400.0)?.is_none());
+        assert!(none(&References::style(picture(1, 0.0)?))?);
+        assert!(none(&References::style(picture(1, 0.0)?).with_content(picture(2, 1.0)?))?);
+        let cached = Style::new(picture(1, 0.0)?).with_cache(crate::FeatureCache::new(1 << 20));
+        assert!(none(&References::styles([cached]).with_content(picture(1, 1.0)?))?);
+        Ok(())
+    }
+
+    /// 65536 for all: with the 120 numbers of this layer, and a weight that a user may well choose, f16 has no number for it.
+    #[test]
+    fn gradients_of_small_layers_are_numbers_in_f16() -> Result<()> {
+        tch::set_num_threads(1);
+        let gradient = |kind| {
+            let extractor = FeatureExtractor::new(Net(kind), (), 0..1);
+            let references = extractor.references(&References::default().with_content(picture(1, 2.0)?), 400.0)?;
+            let loss = crate::TotalLoss::default().plus(200.0, crate::ContentLoss);
+            Ok::<_, Error>(extractor.gradient(&picture(1, 1.0)?, 400.0, &references, &loss)?.1)
+        };
+        let (half, single) = (gradient(Kind::Half)?, gradient(Kind::Float)?);
+        assert!(half.f_allclose(&single, 1e-2, 1e-3, false)?, "{half:?} {single:?}");
+        Ok(())
     }
 }
