@@ -21,7 +21,7 @@ struct Flags {
     /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
-    /// Optimise by CUDA graphs, which have not run on a GPU yet
+    /// Optimise by CUDA graphs, which spare a GPU the queueing of each kernel
     #[cfg(feature = "cuda-graphs")]
     #[arg(long, conflicts_with = "method")]
     cuda_graphs: bool,

@@ -68,7 +68,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
     fn in_one_pass(&self, latents: &References, timestep: f64) -> Result<Option<References<Features>>> {
         let cached = latents.counted().any(|style| style.cache.is_some());
         let all: Vec<&Tensor> = latents.counted().map(|style| &style.of).chain(&latents.content).collect();
-        let alike = all.windows(2).all(|pair| matches!(pair, [a, b] if a.size() == b.size() && a.kind() == b.kind()));
+        let alike = all.windows(2).all(|pair| matches!(pair, [a, b] if a.size() == b.size() && a.f_kind().ok() == b.f_kind().ok()));
         if cached || !alike || all.len() < 2 || self.denoiser.condition_batch(&self.condition) != 1 {
             return Ok(None);
         }
