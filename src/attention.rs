@@ -3,7 +3,7 @@
 mod cudnn;
 mod product;
 
-pub(crate) use cudnn::without_cudnn;
+pub(crate) use cudnn::{without_cudnn, without_cudnn_on};
 pub(crate) use product::scaled_dot_product;
 
 use crate::{Error, Result};
@@ -82,7 +82,8 @@ impl Qkv {
         Self { query, key, value, mask: None, scale: None }
     }
 
-    /// `Attn(Q, K, V) = softmax(Q K^T * scale + mask) V`, shape `(batch, heads, tokens, head_dim)`.
+    /// `Attn(Q, K, V) = softmax(Q K^T * scale + mask) V`, shape `(batch, heads, tokens, head_dim)`. On a GPU
+    /// never by cuDNN, see [`device`](crate::device).
     pub fn attend(&self) -> Result<Tensor> {
         scaled_dot_product(&self.query, &self.key, &self.value, self.mask.as_ref(), self.scale)
     }

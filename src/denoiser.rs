@@ -68,6 +68,12 @@ pub trait Denoiser {
         passes()
     }
 
+    /// How many references may be shown in one pass, under a condition that serves any batch. 1, the default, is always right; more is
+    /// faster where a device is not kept busy by one, and takes their memory.
+    fn references_at_once(&self) -> usize {
+        1
+    }
+
     /// How many latents a condition is for, one after the other; 1, the default, serves any batch.
     fn condition_batch(&self, _condition: &Self::Condition) -> i64 {
         1
@@ -174,6 +180,9 @@ macro_rules! by_pointer {
             }
             fn with_borders(&self, meet: Seamless, passes: &mut dyn FnMut() -> Result<()>) -> Result<()> {
                 (**self).with_borders(meet, passes)
+            }
+            fn references_at_once(&self) -> usize {
+                (**self).references_at_once()
             }
             fn condition_batch(&self, condition: &D::Condition) -> i64 {
                 (**self).condition_batch(condition)

@@ -4,8 +4,13 @@
 //! never see a GPU: `tch::Device::cuda_if_available()` then says CPU. Here the library is opened when it is asked
 //! for, which registers CUDA with libtorch; no linker flag is needed, in programs that depend on this crate neither.
 //!
-//! Ask before all else that is done with tch, of which a program needs no more than one call of [`best`] or [`parse`]: libtorch looks for CUDA
+//! Ask before all else that is done with tch, by one call of [`best`], or of [`parse`] with the name of a GPU: libtorch looks for CUDA
 //! only once, where a seed is set, where GPUs are counted, and at the first backward pass.
+//!
+//! # cuDNN's attention
+//! With CUDA found, and at the latest before attention on a GPU, libtorch is told for the whole process to leave cuDNN's kernels of attention alone: in
+//! libtorch 2.11, which prefers them on H100 and H200, their gradients in bf16 and f16 are wrong wherever the gradient of an output has another layout than the
+//! output. Attention then is libtorch's own (flash attention), in networks of your own as well.
 
 use crate::{Error, Result};
 use std::{path::PathBuf, sync::OnceLock};
@@ -78,6 +83,7 @@ fn open_cuda() -> std::result::Result<usize, String> {
     // Counting devices throws where CUDA is not registered.
     if !tch::utils::has_cudart() {
         opened?;
+        tracing::warn!("CUDA is there, but libtorch was asked for it before it was opened, and does not see it");
         return Err("libtorch_cuda was opened too late: something asked libtorch for CUDA before, which it looks for once; call `device::best` or \
             `device::parse` before anything of tch that asks for GPUs, such as `tch::Cuda` or `tch::manual_seed`"
             .into());

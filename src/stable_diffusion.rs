@@ -353,6 +353,15 @@ impl Denoiser for StableDiffusion {
         passes()
     }
 
+    /// One where memory is low.
+    fn references_at_once(&self) -> usize {
+        if self.checkpointing {
+            1
+        } else {
+            self.unet.references_at_once()
+        }
+    }
+
     fn condition_batch(&self, condition: &Condition) -> i64 {
         condition.batch()
     }

@@ -2,7 +2,7 @@
 #![cfg(feature = "stable-diffusion")]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
 
-use attention_distillation::stable_diffusion::ControlNet;
+use attention_distillation::stable_diffusion::{AutoencoderKl, ControlNet, DecoderTuning, TuningConfig};
 use attention_distillation::{
     device, image, AdLoss, ContentLoss, Distiller, Error, GuidedSampler, LabelMap, Noise, Qkv, References, Settings, StableDiffusion, Style,
     TotalLoss,
@@ -119,6 +119,30 @@ fn regions_agree_with_the_cpu() {
         assert!(relative(&loss, &wanted_loss) < 1e-3 && relative(&gradient, &wanted_gradient) < 2e-2, "soft: {soft_target}");
         assert!(relative(&moved, &wanted_moved) < 1e-5, "soft: {soft_target}");
     }
+}
+
+/// The layers hold the very tensors that are tuned.
+#[test]
+fn a_decoder_is_tuned_as_on_the_cpu() {
+    let Some(device) = gpu("a_decoder_is_tuned_as_on_the_cpu") else { return };
+    let (picture, _) = pictures(64);
+    let tuned = |device: Device| {
+        let vae = AutoencoderKl::open(folder("assets/mini/vae"), device, Kind::Float).unwrap();
+        let mut config = TuningConfig::default();
+        config.epochs = 8;
+        let mut tuning = DecoderTuning::new(vae, &picture.to_device(device), config).unwrap();
+        let before = tuning.psnr().unwrap();
+        tuning.finish().unwrap();
+        let saved = tempfile::tempdir().unwrap();
+        tuning.vae().save(saved.path()).unwrap();
+        let again = AutoencoderKl::open(saved.path(), device, Kind::Float).unwrap();
+        let latents = Tensor::linspace(-1, 1, 8 * 16 * 16, (Kind::Float, Device::Cpu)).view([1, 8, 16, 16]).to_device(device);
+        assert!(relative(&again.decode(&latents).unwrap(), &tuning.vae().decode(&latents).unwrap()) < 1e-4);
+        (before, tuning.psnr().unwrap())
+    };
+    let ((before, after), (wanted_before, wanted_after)) = (tuned(device), tuned(Device::Cpu));
+    println!("{before} to {after} dB, on the CPU {wanted_before} to {wanted_after}");
+    assert!(after > before && (before - wanted_before).abs() < 0.05 && (after - wanted_after).abs() < 0.1);
 }
 
 /// Half precisions on the CPU, where every machine can look: the same bounds as above.

@@ -25,10 +25,7 @@ pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Optio
 }
 
 fn plain(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Option<f64>) -> Result<Tensor> {
-    if q.device().is_cuda() {
-        // For programs that found their GPU without this crate.
-        super::without_cudnn();
-    }
+    super::without_cudnn_on(q.device());
     Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, false, scale, false)?)
 }
 

@@ -1,7 +1,7 @@
 //! Networks that take their timestep as a tensor.
 
 use crate::denoiser::plain_gradient;
-use crate::{AttentionHook, Denoiser, FeatureExtractor, Features, Result};
+use crate::{AttentionHook, Denoiser, FeatureExtractor, Features, Result, Seamless};
 use std::ops::Range;
 use tch::Tensor;
 
@@ -93,6 +93,22 @@ impl<'a, D: Capturable + ?Sized> Denoiser for At<'a, D> {
         value: &mut dyn FnMut(&Features) -> Result<Tensor>,
     ) -> Result<(Tensor, Tensor)> {
         self.denoiser.gradient_at(latents, self.timestep, condition, layers, value)
+    }
+
+    fn seamless(&self) -> Seamless {
+        self.denoiser.seamless()
+    }
+
+    fn with_borders(&self, meet: Seamless, passes: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.denoiser.with_borders(meet, passes)
+    }
+
+    fn references_at_once(&self) -> usize {
+        self.denoiser.references_at_once()
+    }
+
+    fn condition_batch(&self, condition: &Self::Condition) -> i64 {
+        self.denoiser.condition_batch(condition)
     }
 }
 

@@ -61,7 +61,7 @@ impl Conv2d {
     }
 
     pub(crate) fn strided(at: &Scope<'_>, inputs: i64, outputs: i64, kernel: i64, stride: i64, padding: Padding) -> Result<Self> {
-        let weight = channels_last(at.tensor("weight", &[outputs, inputs, kernel, kernel])?)?;
+        let weight = at.tensor("weight", &[outputs, inputs, kernel, kernel])?;
         Ok(Self { weight, bias: at.tensor("bias", &[outputs])?, stride, padding, borders: at.borders() })
     }
 
@@ -87,14 +87,6 @@ impl Conv2d {
         };
         Ok(x.f_conv2d(&self.weight, Some(&self.bias), [self.stride, self.stride], own, [1, 1], 1)?)
     }
-}
-
-/// cuDNN's fast kernels want channels innermost, and else lay weights and pixels anew in each pass. On a CPU nothing was gained by it.
-fn channels_last(weight: Tensor) -> Result<Tensor> {
-    if !weight.device().is_cuda() {
-        return Ok(weight);
-    }
-    Ok(weight.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?)
 }
 
 #[derive(Debug)]

@@ -208,6 +208,15 @@ impl Denoiser for UNet {
         passes()
     }
 
+    /// On a GPU two, such as a style and a content: no more than prompt and negative. One alone leaves it idle for much of the time.
+    fn references_at_once(&self) -> usize {
+        if self.encoder.device.is_cuda() {
+            2
+        } else {
+            1
+        }
+    }
+
     fn condition_batch(&self, condition: &Condition) -> i64 {
         condition.batch()
     }

@@ -109,7 +109,10 @@ impl Weights {
         let map = self.files.get(entry.file).map(|(_, map)| map);
         let bytes = map.and_then(|map| map.get(entry.bytes.clone())).unwrap_or_default();
         let view = TensorView::new(entry.dtype, entry.shape.clone(), bytes).map_err(tensor_file::damaged(file))?;
-        let tensor = tensor_file::converted(file, name, &view, self.device, self.kind)?;
+        let mut tensor = tensor_file::converted(file, name, &view, self.device, self.kind)?;
+        if self.device.is_cuda() {
+            tensor = channels_last(tensor)?;
+        }
         if let Some(map) = map {
             let_go(map, &entry.bytes);
         }
@@ -130,6 +133,15 @@ fn map(path: &Path) -> Result<Mmap> {
     // SAFETY: the map is read while a model is opened and dropped after. A program that cuts the file short in that
     // moment would end this one with SIGBUS; weights are not edited in place, and every reader of them runs this risk.
     unsafe { Mmap::map(&file) }.map_err(Error::io(path))
+}
+
+/// For kernels of convolutions: cuDNN's fast ones want channels innermost, and else lay weights and pixels anew in each pass. On a CPU nothing
+/// was gained by it. One of a single place has but one layout.
+fn channels_last(tensor: Tensor) -> Result<Tensor> {
+    match tensor.size().as_slice() {
+        &[_, _, height, width] if height > 1 || width > 1 => Ok(tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?),
+        _ => Ok(tensor),
+    }
 }
 
 /// These bytes have been read, so that their pages need not count among the program's: a network would be in memory twice.
@@ -209,6 +221,19 @@ impl Scope<'_> {
 mod tests {
     use super::*;
     use std::error::Error;
+
+    #[test]
+    fn kernels_with_channels_innermost_are_the_same_kernels() -> std::result::Result<(), Box<dyn Error>> {
+        let kernel = Tensor::f_arange(2 * 5 * 3 * 3, (Kind::Float, Device::Cpu))?.f_view([2, 5, 3, 3])?;
+        let found = channels_last(kernel.shallow_clone())?;
+        assert!(found.equal(&kernel));
+        assert_eq!(found.stride(), [45, 1, 15, 5]);
+        let point = kernel.f_view([18, 5, 1, 1])?;
+        assert_eq!(channels_last(point.shallow_clone())?.stride(), point.stride());
+        let vector = kernel.f_view([90])?;
+        assert_eq!(channels_last(vector)?.size(), [90]);
+        Ok(())
+    }
 
     /// How much of a mapped file is in this process's memory, in KiB; none where the system does not tell.
     fn resident(file: &Path) -> Option<usize> {

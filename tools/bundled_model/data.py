@@ -87,7 +87,12 @@ class Batches(torch.utils.data.DataLoader):
     cuts it, nor whether the run was stopped before."""
 
     def __init__(self, crops_of, seed, steps, workers, device):
-        super().__init__(_Crops(crops_of, seed), batch_size=None, sampler=steps, num_workers=workers, pin_memory=device.type == "cuda")
+        # A fork has the tiles and the function; another kind of process would run the training script once more to get them. Of a GPU it
+        # touches nothing.
+        fork = "fork" if workers else None
+        super().__init__(
+            _Crops(crops_of, seed), batch_size=None, sampler=steps, num_workers=workers, pin_memory=device.type == "cuda", multiprocessing_context=fork
+        )
 
 
 class _Crops(torch.utils.data.Dataset):

@@ -31,7 +31,7 @@ class Run:
 
     The state is saved every `every` steps, at the start of the cooldown (`trunk.pt`, from which a longer run can go on at the full
     rate) and on SIGTERM or SIGINT. It holds everything that the next step depends on, the generators included, so a run that was
-    killed and started again ends with the same weights, up to the roundings of the machine.
+    killed and started again with the same flags and tiles ends with the same weights, up to the roundings of the machine.
     """
 
     def __init__(self, folder, model, optimizer, args, warmup=100, average=0.998, every=250):
@@ -67,7 +67,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step, self.seconds, self.loss = state["ema"], state["step"], state["seconds"], state["loss"]
             self.generator.set_state(state["generator"].cpu())
-            self.say(f"goes on from {name}")
+            self.say(f"goes on from {name}" + (", whose crops were drawn in another way" if "rng" in state else ""))
             return
 
     def save(self, name="state.pt"):
