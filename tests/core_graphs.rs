@@ -303,6 +303,23 @@ fn not_a_number_ends_the_run_before_the_step() {
     }
 }
 
+/// What comes then, such as decoding, needs their memory; and a run that goes back is captured anew.
+#[test]
+fn the_graphs_go_with_the_last_step() {
+    let net = Noting::new();
+    let (mut run, recorder) = graphed(transfer(&net, 3, references()));
+    let begun = run.checkpoint().unwrap();
+    let mut there = vec![];
+    while run.advance().unwrap().is_some() {
+        there.push(format!("{run:?}").contains("captured: true"));
+    }
+    assert_eq!(there, [true, true, false]);
+    let first = run.run().latents.copy();
+    run.resume(&begun).unwrap();
+    assert!(run.finish().unwrap().allclose(&first, 1e-5, 1e-5, false));
+    assert_eq!(recorder.captures.get(), 4);
+}
+
 #[test]
 fn a_change_is_captured_anew() {
     let net = Noting::new();

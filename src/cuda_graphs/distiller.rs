@@ -38,20 +38,24 @@ impl<D: Capturable> Distiller<D, Adam> {
 
 impl<D: Capturable, R: Recorder> GraphedDistiller<D, R> {
     /// The next timestep, as [`Distiller::advance`]. The first one, and the first after a [`change`](Self::change), costs some
-    /// passes more.
+    /// passes more. After the last one the graphs and their memory are gone, which decoding has need of.
     ///
     /// # Errors
     /// As [`Distiller::advance`], and what cannot be captured, such as a run on the CPU. The run then stands at its last finished step, and may
     /// go on [without graphs](Self::into_run).
     pub fn advance(&mut self) -> Result<Option<Progress>> {
         let Self { captured, run, recorder } = self;
-        run.advance_by(|run, timestep| {
+        let progress = run.advance_by(|run, timestep| {
             let captured = match captured {
                 Some(captured) => captured,
                 none => none.insert(Captured::new(recorder, run, timestep)?),
             };
             captured.descents(recorder, run, timestep)
-        })
+        })?;
+        if self.run.step >= self.run.timesteps.len() {
+            self.captured = None;
+        }
+        Ok(progress)
     }
 
     /// All that is left; returns the final latents (another handle on those of the run).

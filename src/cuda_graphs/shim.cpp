@@ -136,11 +136,13 @@ char *graphs_replay(void *graph) {
   });
 }
 
-// Waits for the last replay, whose memory goes.
+// Waits for the last replay, and gives its memory back: nothing else can use what is left in a graph's pool.
 char *graphs_free(void *graph) {
   std::unique_ptr<Graph> ours(static_cast<Graph *>(graph));
   return guarded([&] {
     if (ours->last) ours->last->synchronize();
+    ours.reset();
+    c10::cuda::CUDACachingAllocator::emptyCache();
   });
 }
 
