@@ -76,7 +76,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
         let mut parts = vec![];
         for some in all.chunks(at_once) {
             let features = self.reference(&Tensor::f_cat(some, 0)?, timestep)?;
-            for (_, start) in some.iter().zip((0..).step_by(usize::try_from(batch).unwrap_or(1))) {
+            for (_, start) in some.iter().zip((0..).step_by(usize::try_from(batch).unwrap_or(1).max(1))) {
                 parts.push(features.narrow(start..start + batch)?);
             }
         }
