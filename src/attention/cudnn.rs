@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 /// Tells libtorch, for the whole process and once, to compute attention on GPUs by other kernels than cuDNN's. libtorch 2.11 prefers
 /// these on H100 and H200, where their gradients are wrong by more than their own size as soon as the gradient of the output is laid
-/// out otherwise than the output (measured with cuDNN 9.19, in bf16 and f16); a transfer then ends at a loss a quarter higher.
+/// out otherwise than the output (measured with cuDNN 9.19, in bf16 and f16).
 pub(crate) fn without_cudnn() {
     static ONCE: OnceLock<()> = OnceLock::new();
     ONCE.get_or_init(|| {

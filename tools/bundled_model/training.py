@@ -111,14 +111,13 @@ class Run:
             with torch.no_grad():
                 torch._foreach_lerp_(average, own, 1 - keep)
             self.step += 1
-            # Not looked at in each step: a GPU would have to wait.
-            value = loss.detach()
-            self.loss = value if self.loss is None else 0.99 * self.loss + 0.01 * value
-            if self.step % 50 == 0:
-                value = float(self.loss)
+            loss = loss.detach()
+            self.loss = loss if self.loss is None else 0.99 * self.loss + 0.01 * loss
+            # Looked at now and then: the CPU has to wait for it.
+            mean = float(self.loss) if self.step % 50 == 0 else None
             self.seconds += time.perf_counter() - start
-            if self.step % 50 == 0:
-                self.say(f"loss {value:.4f}", loss=value)
+            if mean is not None:
+                self.say(f"loss {mean:.4f}", loss=mean)
             if self.step % self.every == 0 or self.step == self.steps:
                 self.save()
                 numbers = self.averaged(validate)
