@@ -21,6 +21,8 @@ struct Flags {
     #[arg(long, value_name = "F", default_value_t = 0.6, allow_hyphen_values = true)]
     strength: f64,
     #[command(flatten)]
+    graphs: common::GraphFlags,
+    #[command(flatten)]
     shared: common::Shared,
 }
 
@@ -59,8 +61,8 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let start = model.noise(1, size, &mut noise)?;
     let guidance = model.guidance(&[""], None, settings.guidance, size)?;
     let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
-    let mut run = run.with_settings(&settings)?.edited(&latents, flags.strength)?;
-    let (picture, _) = common::follow(&mut run, &model, shared, &files)?;
+    let run = run.with_settings(&settings)?.edited(&latents, flags.strength)?;
+    let (picture, _) = flags.graphs.follow(run, &model, shared, &files)?;
     common::save(&picture, &files)?;
     let inputs: Vec<_> = std::iter::once(&layout).chain(&styles).collect();
     common::sheet(shared, &inputs, &[picture])?;

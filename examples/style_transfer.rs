@@ -4,8 +4,7 @@
 
 mod common;
 
-use attention_distillation::tch::Tensor;
-use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings, StableDiffusion};
+use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -21,10 +20,8 @@ struct Flags {
     /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
-    /// Optimise by CUDA graphs, which spare a GPU the queueing of each kernel
-    #[cfg(feature = "cuda-graphs")]
-    #[arg(long, conflicts_with = "method")]
-    cuda_graphs: bool,
+    #[command(flatten)]
+    graphs: common::GraphFlags,
     #[command(flatten)]
     shared: common::Shared,
 }
@@ -66,7 +63,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         let start = model.noise(1, size, &mut noise)?;
         let guidance = model.guidance(&[""], None, settings.guidance, size)?;
         let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
-        common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
+        flags.graphs.follow(run.with_settings(&settings)?, &model, shared, &files)?
     } else {
         let timesteps = model.timesteps(settings.steps)?;
         let run = if references.content.is_some() {
@@ -74,18 +71,9 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         } else {
             Distiller::new(extractor, timesteps, references, model.noise(1, size, &mut noise)?)
         };
-        optimise(run.with_settings(&settings)?, flags, &model, &files)?
+        flags.graphs.follow(run.with_settings(&settings)?, &model, shared, &files)?
     };
     common::save(&result, &files)?;
     common::sheet(shared, &content.iter().chain(&styles).collect::<Vec<_>>(), &[result])?;
     Ok(files)
-}
-
-fn optimise(mut run: Distiller<&StableDiffusion>, flags: &Flags, model: &StableDiffusion, files: &[PathBuf]) -> Result<(Tensor, bool)> {
-    #[cfg(feature = "cuda-graphs")]
-    if flags.cuda_graphs {
-        let graphs = attention_distillation::cuda_graphs::CudaGraphs::new()?;
-        return common::follow(&mut run.with_graphs(graphs), model, &flags.shared, files);
-    }
-    common::follow(&mut run, model, &flags.shared, files)
 }

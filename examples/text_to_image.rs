@@ -32,6 +32,8 @@ struct Flags {
     #[command(flatten)]
     control: common::ControlFlags,
     #[command(flatten)]
+    graphs: common::GraphFlags,
+    #[command(flatten)]
     shared: common::Shared,
 }
 
@@ -80,7 +82,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         let references = references.shallow_clone();
         let run = GuidedSampler::new(extractor, ddim.clone(), guidance, references, start, noise);
         let own: Vec<_> = files.iter().skip(done).take(count).cloned().collect();
-        let (pictures, go_on) = common::follow(&mut run.with_settings(&settings)?, &model, shared, &own)?;
+        let (pictures, go_on) = flags.graphs.follow(run.with_settings(&settings)?, &model, shared, &own)?;
         common::save(&pictures, &own)?;
         done += count;
         if shared.sheet.is_some() {

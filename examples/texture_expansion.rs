@@ -33,6 +33,8 @@ struct Flags {
     #[command(flatten)]
     regions: common::RegionFlags,
     #[command(flatten)]
+    graphs: common::GraphFlags,
+    #[command(flatten)]
     shared: common::Shared,
 }
 
@@ -79,8 +81,8 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let start = noise.draw(&Tensor::f_zeros(canvas, (Kind::Float, model.device()))?)?;
     let guidance = model.guidance(&[""], None, settings.guidance, size)?;
     let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
-    let mut run = run.with_settings(&settings)?.with_windows(windows);
-    let (picture, _) = common::follow(&mut run, &model, shared, &files)?;
+    let run = run.with_settings(&settings)?.with_windows(windows);
+    let (picture, _) = flags.graphs.follow(run, &model, shared, &files)?;
     common::save(&picture, &files)?;
     let inputs = styles.iter().map(|input| flags.tile.beside(input)).collect::<Result<Vec<_>>>()?;
     common::sheet(shared, &inputs.iter().collect::<Vec<_>>(), &[flags.tile.shown(picture)?])?;

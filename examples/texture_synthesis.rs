@@ -30,6 +30,8 @@ struct Flags {
     #[command(flatten)]
     regions: common::RegionFlags,
     #[command(flatten)]
+    graphs: common::GraphFlags,
+    #[command(flatten)]
     shared: common::Shared,
 }
 
@@ -95,14 +97,14 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
             // The layout under as much noise as sampling begins with.
             run = run.edited(&filled, 1.0)?;
         }
-        common::follow(&mut run, &model, shared, &files)?
+        flags.graphs.follow(run, &model, shared, &files)?
     } else {
         let timesteps = model.timesteps(settings.steps)?;
         let run = match &references.content {
             Some(_) => Distiller::style_transfer(extractor, timesteps, references, settings.content_weight)?,
             None => Distiller::new(extractor, timesteps, references, start),
         };
-        common::follow(&mut run.with_settings(&settings)?, &model, shared, &files)?
+        flags.graphs.follow(run.with_settings(&settings)?, &model, shared, &files)?
     };
     common::save(&pictures, &files)?;
     let inputs = styles.iter().chain(&layout).map(|input| flags.tile.beside(input)).collect::<Result<Vec<_>>>()?;

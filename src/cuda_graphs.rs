@@ -31,6 +31,8 @@
 mod capturable;
 mod cuda;
 mod distiller;
+mod passes;
+mod sampler;
 mod shim;
 mod statics;
 
@@ -39,6 +41,7 @@ pub(crate) use capturable::plain_gradient_at;
 pub use capturable::Capturable;
 pub use cuda::{CudaGraph, CudaGraphs};
 pub use distiller::GraphedDistiller;
+pub use sampler::GraphedSampler;
 
 use crate::Result;
 use tch::Device;

@@ -29,11 +29,7 @@ pub trait Denoiser {
     /// # Errors
     /// As [`forward`](Self::forward).
     fn forward_guided(&self, latents: &Tensor, timestep: f64, guidance: &Guidance<Self::Condition>) -> Result<Tensor> {
-        let prompt = self.forward(latents, timestep, &guidance.prompt, &mut PlainAttention)?;
-        match guidance.active_negative() {
-            None => Ok(prompt),
-            Some(negative) => guidance.combine(&prompt, &self.forward(latents, timestep, negative, &mut PlainAttention)?),
-        }
+        guidance.one_by_one(|condition| self.forward(latents, timestep, condition, &mut PlainAttention))
     }
 
     /// A scalar function of the features of latents, and its gradient by the latents, in their shape and kind: one forward
@@ -147,6 +143,15 @@ impl<C> Guidance<C> {
     /// The negative, unless it is without effect.
     pub(crate) fn active_negative(&self) -> Option<&C> {
         self.negative.as_ref().filter(|_| self.scale != 1.0)
+    }
+
+    /// A pass for the prompt, and one for the negative where it counts.
+    pub(crate) fn one_by_one(&self, mut pass: impl FnMut(&C) -> Result<Tensor>) -> Result<Tensor> {
+        let prompt = pass(&self.prompt)?;
+        match self.active_negative() {
+            None => Ok(prompt),
+            Some(negative) => self.combine(&prompt, &pass(negative)?),
+        }
     }
 
     /// `negative + scale * (prompt - negative)`.

@@ -1,7 +1,12 @@
 //! The paper's second procedure, attention distillation guided sampling: text-to-image in a style, textures by sampling, their
 //! expansion to any size.
 
+mod passes;
 mod step;
+
+#[cfg(feature = "cuda-graphs")]
+pub(crate) use passes::Aim;
+pub(crate) use passes::{OneByOne, Passes};
 
 use crate::soundness::Soundness;
 use crate::{
@@ -220,9 +225,17 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
     /// A guidance or windows out of range; references or latents that do not fit the network or one another; windows on
     /// several pictures, or on latents other than `(1, channels, height, width)`; [`Error::NotFinite`]; the denoiser's and libtorch's. The run then stands at its last finished step.
     pub fn advance(&mut self) -> Result<Option<Progress>> {
+        self.advance_by(&mut OneByOne)
+    }
+
+    /// The next timestep, whose passes are made by these.
+    ///
+    /// # Errors
+    /// As [`advance`](Self::advance).
+    pub(crate) fn advance_by(&mut self, passes: &mut dyn Passes<D, O>) -> Result<Option<Progress>> {
         let Some(&timestep) = self.scheduler.timesteps().get(self.step) else { return self.check().map(|()| None) };
         self.noise.mark();
-        match self.one(timestep) {
+        match self.one(timestep, passes) {
             Ok(loss) => {
                 self.step += 1;
                 let steps = self.scheduler.timesteps().len();

@@ -2,80 +2,18 @@
 #![cfg(feature = "cuda-graphs")]
 #![allow(clippy::disallowed_methods, missing_docs, unsafe_code)]
 
+mod graphs;
 mod toy;
 
-use attention_distillation::cuda_graphs::{Capturable, CudaGraphs, GraphedDistiller, Recorder};
+use attention_distillation::cuda_graphs::{Capturable, CudaGraphs, GraphedDistiller};
 use attention_distillation::{
     AdLoss, Adam, AdamConfig, AttentionHook, Denoiser, Distiller, Error, FeatureCache, FeatureExtractor, Features, LabelMap, Loss, Optimizer,
     References, Result, Style, TotalLoss,
 };
-use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use graphs::{Again, Noting};
 use std::sync::{Arc, Mutex};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use toy::{assert_same, latents, relative, Toy, Trouble};
-
-/// Does the work some times over before, as a GPU's does to warm up, and counts.
-#[derive(Debug, Default, Clone)]
-struct Again {
-    captures: Rc<Cell<usize>>,
-    replays: Rc<Cell<usize>>,
-    /// Refuses the nth capture, from 1.
-    refused: Option<usize>,
-}
-
-impl Recorder for Again {
-    type Graph = usize;
-
-    unsafe fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
-        assert_eq!(device, Device::Cpu);
-        self.captures.set(self.captures.get() + 1);
-        if self.refused == Some(self.captures.get()) {
-            return Err(Error::Torch(tch::TchError::Torch("CUDA error: operation not permitted when stream is capturing".into())));
-        }
-        for _ in 0..3 {
-            work()?;
-        }
-        Ok(self.captures.get())
-    }
-
-    unsafe fn replay(&mut self, _: &mut usize, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        self.replays.set(self.replays.get() + 1);
-        work()
-    }
-}
-
-/// The toy with its timestep as a tensor. Notes where it finds what it reads.
-struct Noting {
-    toy: Toy,
-    /// Passes at a number.
-    by_number: Cell<usize>,
-    /// Latents and timesteps.
-    places: RefCell<Vec<(usize, usize)>>,
-}
-
-impl Noting {
-    fn new() -> Self {
-        Self { toy: Toy::new(Kind::Float), by_number: Cell::new(0), places: RefCell::default() }
-    }
-}
-
-impl Denoiser for Noting {
-    type Condition = f64;
-
-    fn forward(&self, latents: &Tensor, timestep: f64, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
-        self.by_number.set(self.by_number.get() + 1);
-        self.toy.forward(latents, timestep, condition, hook)
-    }
-}
-
-impl Capturable for Noting {
-    fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
-        assert_eq!((timestep.size(), timestep.kind()), (vec![1], Kind::Float));
-        self.places.borrow_mut().push((latents.data_ptr() as usize, timestep.data_ptr() as usize));
-        self.toy.run_at(latents, timestep, *condition, hook).map_err(Error::denoiser)
-    }
-}
 
 fn times(steps: usize) -> Vec<f64> {
     (0..steps).rev().map(|i| 1.0 + (1000 / steps * i) as f64).collect()
@@ -452,6 +390,13 @@ mod networks {
                 assert!(ours.equal(&wanted), "{name} {timestep}");
                 let unet = tch::no_grad(|| Capturable::forward_at(&model.unet(), &content, &at, condition, &mut plain())).unwrap();
                 assert!(unet.equal(&wanted), "{name} {timestep}");
+                let prompt = if name == "assets/mini" { "" } else { "a fox" };
+                let guidance = model.guidance(&[prompt], Some(""), 7.0, (64, 64)).unwrap();
+                let wanted = tch::no_grad(|| model.forward_guided(&content, timestep, &guidance)).unwrap();
+                let ours = tch::no_grad(|| Capturable::forward_guided_at(&&model, &content, &at, &guidance)).unwrap();
+                assert!(ours.equal(&wanted), "{name} {timestep}, guided");
+                let unet = tch::no_grad(|| Capturable::forward_guided_at(&model.unet(), &content, &at, &guidance)).unwrap();
+                assert!(unet.equal(&wanted), "{name} {timestep}, guided");
                 // Stopped as ever.
                 let mut recorder = FeatureRecorder::new(extractor.layers.clone());
                 let outcome = tch::no_grad(|| Capturable::forward_at(&&model, &content, &at, condition, &mut recorder));
@@ -511,5 +456,6 @@ mod networks {
         assert!(matches!(refused, Err(Error::Argument { argument: "condition", .. })));
         let refused = model.gradient_at(&content, &at, &condition, 10..16, &mut |_| unreachable!());
         assert!(matches!(refused, Err(Error::Argument { argument: "condition", .. })));
+        assert!(!model.is_capturable(&condition) && model.is_capturable(&model.prompts(&[""], (64, 64)).unwrap()));
     }
 }

@@ -3,6 +3,7 @@
 
 mod control;
 mod flags;
+mod graphs;
 mod model;
 mod progress;
 mod prompts;
@@ -12,6 +13,7 @@ mod tile;
 
 pub use control::ControlFlags;
 pub use flags::{size, Shared, Size};
+pub use graphs::GraphFlags;
 pub use model::{folder, open};
 pub use progress::{follow, stop_on_ctrl_c, stopped};
 pub use prompts::PromptFlags;

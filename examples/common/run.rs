@@ -38,20 +38,31 @@ run!(Distiller, |run: &Distiller<D, O>| run.timesteps.len());
 run!(GuidedSampler, |run: &GuidedSampler<D, O>| run.scheduler.timesteps().len());
 
 #[cfg(feature = "cuda-graphs")]
-impl<D: attention_distillation::cuda_graphs::Capturable> Run for attention_distillation::cuda_graphs::GraphedDistiller<D> {
-    fn advance(&mut self) -> Result<Option<Progress>> {
-        self.advance()
+mod graphed {
+    use super::{Progress, Result, Run, Tensor};
+    use attention_distillation::cuda_graphs::{Capturable, GraphedDistiller, GraphedSampler};
+
+    macro_rules! run {
+        ($run:ident) => {
+            impl<D: Capturable> Run for $run<D> {
+                fn advance(&mut self) -> Result<Option<Progress>> {
+                    self.advance()
+                }
+                fn check(&mut self) -> Result<()> {
+                    self.check()
+                }
+                fn latents(&self) -> &Tensor {
+                    self.run().latents()
+                }
+                fn steps(&self) -> usize {
+                    self.run().steps()
+                }
+                fn step(&self) -> usize {
+                    self.run().step()
+                }
+            }
+        };
     }
-    fn check(&mut self) -> Result<()> {
-        self.check()
-    }
-    fn latents(&self) -> &Tensor {
-        &self.run().latents
-    }
-    fn steps(&self) -> usize {
-        self.run().timesteps.len()
-    }
-    fn step(&self) -> usize {
-        self.run().step
-    }
+    run!(GraphedDistiller);
+    run!(GraphedSampler);
 }

@@ -1,7 +1,7 @@
 //! Networks that take their timestep as a tensor.
 
 use crate::denoiser::plain_gradient;
-use crate::{AttentionHook, Denoiser, FeatureExtractor, Features, Result, Seamless};
+use crate::{AttentionHook, Denoiser, FeatureExtractor, Features, Guidance, PlainAttention, Result, Seamless};
 use std::ops::Range;
 use tch::Tensor;
 
@@ -17,6 +17,20 @@ pub trait Capturable: Denoiser {
     /// # Errors
     /// As [`Denoiser::forward`].
     fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &Self::Condition, hook: &mut dyn AttentionHook) -> Result<Tensor>;
+
+    /// [`Denoiser::forward_guided`] likewise. Override it together with that.
+    ///
+    /// # Errors
+    /// As [`Denoiser::forward_guided`].
+    fn forward_guided_at(&self, latents: &Tensor, timestep: &Tensor, guidance: &Guidance<Self::Condition>) -> Result<Tensor> {
+        guidance.one_by_one(|condition| self.forward_at(latents, timestep, condition, &mut PlainAttention))
+    }
+
+    /// Whether noise predictions under this condition may be captured, as they may by default. Those under others are made by
+    /// [`Denoiser::forward_guided`].
+    fn is_capturable(&self, _condition: &Self::Condition) -> bool {
+        true
+    }
 
     /// [`Denoiser::gradient`] likewise. Override it together with that.
     ///
@@ -51,6 +65,12 @@ macro_rules! by_pointer {
         impl<D: Capturable + ?Sized> Capturable for $pointer {
             fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &D::Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
                 (**self).forward_at(latents, timestep, condition, hook)
+            }
+            fn forward_guided_at(&self, latents: &Tensor, timestep: &Tensor, guidance: &Guidance<D::Condition>) -> Result<Tensor> {
+                (**self).forward_guided_at(latents, timestep, guidance)
+            }
+            fn is_capturable(&self, condition: &D::Condition) -> bool {
+                (**self).is_capturable(condition)
             }
             fn gradient_at(
                 &self,

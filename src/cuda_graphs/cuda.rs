@@ -5,6 +5,7 @@ use super::Recorder;
 use crate::{Error, Result};
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
+use std::sync::{Arc, Weak};
 use tch::Device;
 
 /// Work is done so often before it is captured: what libraries set up when they are first used cannot be captured.
@@ -12,11 +13,13 @@ const WARM_UPS: usize = 3;
 
 /// CUDA's graphs, on any GPU: the recorder for [`Distiller::with_graphs`](crate::Distiller::with_graphs).
 ///
-/// A capture waits for the work that is under way, and has libtorch give back the memory that it keeps for later. Memory of a graph stays its own
-/// until it is dropped.
+/// A capture waits for the work that is under way, and has libtorch give back the memory that it keeps for later. The graphs of one recorder
+/// share their memory, which stays theirs until the last of them is dropped: so they are to be repeated one after the other.
 #[derive(Debug)]
 pub struct CudaGraphs {
     shim: &'static Shim,
+    /// Of the graphs that are there.
+    pool: Weak<Pool>,
 }
 
 impl CudaGraphs {
@@ -25,7 +28,17 @@ impl CudaGraphs {
     /// # Errors
     /// [`Error::Device`] where there is no GPU, or where this crate's part in C++ could not be built: it says what is missing.
     pub fn new() -> Result<Self> {
-        Ok(Self { shim: Shim::open()? })
+        Ok(Self { shim: Shim::open()?, pool: Weak::new() })
+    }
+
+    /// That of the graphs that are there, or a new one: what is left of one whose last graph is gone cannot be captured into.
+    fn pool(&mut self, device: c_int) -> Result<Arc<Pool>> {
+        if let Some(pool) = self.pool.upgrade().filter(|pool| pool.device == device) {
+            return Ok(pool);
+        }
+        let pool = Arc::new(Pool::new(self.shim, device)?);
+        self.pool = Arc::downgrade(&pool);
+        Ok(pool)
     }
 }
 
@@ -41,12 +54,13 @@ impl Recorder for CudaGraphs {
         let Some(index) = index else {
             return Err(Error::Device { device: format!("{device:?}"), reason: "CUDA graphs are of a GPU's work, and the latents are here".into() });
         };
-        let side = Side::enter(self.shim, index)?;
+        let pool = self.pool(index)?;
+        let side = Side::enter(self.shim, &pool)?;
         for _ in 0..WARM_UPS {
             work()?;
         }
         side.ready()?;
-        let mut graph = CudaGraph::begin(self.shim, index)?;
+        let mut graph = CudaGraph::begin(self.shim, pool)?;
         let outcome = work();
         let ended = graph.end();
         // The work's own error says more than that the capture then failed.
@@ -59,6 +73,39 @@ impl Recorder for CudaGraphs {
     }
 }
 
+/// Memory and a stream, which graphs share.
+#[derive(Debug)]
+struct Pool {
+    shim: &'static Shim,
+    device: c_int,
+    pool: *mut c_void,
+}
+
+// SAFETY: what it points to does not change from when it is made to when it is freed, and is not bound to a thread.
+#[allow(unsafe_code)]
+unsafe impl Send for Pool {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Pool {}
+
+#[allow(unsafe_code)]
+impl Pool {
+    fn new(shim: &'static Shim, device: c_int) -> Result<Self> {
+        let mut pool = null_mut();
+        // SAFETY: a place for the result, which is looked at only where there is one.
+        shim.outcome(unsafe { (shim.pool_make)(device, &mut pool) })?;
+        Ok(Self { shim, device, pool })
+    }
+}
+
+impl Drop for Pool {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: made, and freed once, after its graphs, each of which holds it.
+        unsafe { (self.shim.pool_free)(self.pool) }
+    }
+}
+
 /// A stream beside the current one, for this thread's work until it is dropped.
 struct Side {
     shim: &'static Shim,
@@ -67,10 +114,10 @@ struct Side {
 
 #[allow(unsafe_code)]
 impl Side {
-    fn enter(shim: &'static Shim, device: c_int) -> Result<Self> {
+    fn enter(shim: &'static Shim, pool: &Pool) -> Result<Self> {
         let mut side = null_mut();
-        // SAFETY: a place for the result, which is looked at only where there is one.
-        shim.outcome(unsafe { (shim.side_enter)(device, &mut side) })?;
+        // SAFETY: a pool, and a place for the result, which is looked at only where there is one.
+        shim.outcome(unsafe { (shim.side_enter)(pool.pool, &mut side) })?;
         Ok(Self { shim, side })
     }
 
@@ -97,6 +144,8 @@ pub struct CudaGraph {
     shim: &'static Shim,
     graph: *mut c_void,
     capturing: bool,
+    /// Freed after it, where it was the last.
+    _pool: Arc<Pool>,
 }
 
 // SAFETY: libtorch's graphs belong to a device, not to a thread; no two threads use one at once, as it is not Sync. While it
@@ -107,11 +156,11 @@ unsafe impl Send for CudaGraph {}
 #[allow(unsafe_code)]
 impl CudaGraph {
     /// From here on the current stream's work is captured instead of done.
-    fn begin(shim: &'static Shim, device: c_int) -> Result<Self> {
+    fn begin(shim: &'static Shim, pool: Arc<Pool>) -> Result<Self> {
         let mut graph = null_mut();
-        // SAFETY: a place for the result, which is looked at only where there is one.
-        shim.outcome(unsafe { (shim.begin)(device, &mut graph) })?;
-        Ok(Self { shim, graph, capturing: true })
+        // SAFETY: a pool, and a place for the result, which is looked at only where there is one.
+        shim.outcome(unsafe { (shim.begin)(pool.pool, &mut graph) })?;
+        Ok(Self { shim, graph, capturing: true, _pool: pool })
     }
 
     fn end(&mut self) -> Result<()> {

@@ -121,8 +121,8 @@ impl<G> Captured<G> {
     fn new<D: Capturable, R: Recorder<Graph = G>>(recorder: &mut R, run: &Distiller<D, Adam>, timestep: f64) -> Result<Self> {
         let device = run.latents.device();
         // Sound ones from the first: what is captured is done a few times before.
-        let mut statics = Statics::new(run, &run.extractor.references(&run.references, timestep)?)?;
-        statics.load(run, timestep)?;
+        let mut statics = Statics::new(&run.latents, run.optimizer.config, &run.extractor.references(&run.references, timestep)?)?;
+        statics.load(&run.latents, &run.optimizer, timestep)?;
         let cached = run.references.counted().any(|style| style.cache.is_some());
         // SAFETY: what the work reads and writes are `statics`, which are kept beside the graphs and dropped after them, and the run's network,
         // condition, references and loss, which GraphedDistiller drops after both and lets nobody change while they are there.
@@ -139,7 +139,7 @@ impl<G> Captured<G> {
         R: Recorder<Graph = G>,
     {
         let Self { look, descend, statics } = self;
-        statics.load(run, timestep)?;
+        statics.load(&run.latents, &run.optimizer, timestep)?;
         match look {
             // SAFETY: as in `new`, and by the same recorder.
             Some(look) => unsafe { recorder.replay(look, &mut || statics.look(&run.extractor, &run.references)) }?,

@@ -41,14 +41,24 @@ template <typename Work> void attempt(Work work) noexcept {
   }
 }
 
+// What the captures of a run share: memory, and the stream by which libtorch tells whether memory that one of them left may serve
+// another. A graph leaves nothing of worth in it from one replay to the next.
+struct Pool {
+  c10::DeviceIndex device;
+  c10::cuda::CUDAStream stream;
+  at::cuda::MempoolId_t id = at::cuda::graph_pool_handle();
+
+  explicit Pool(c10::DeviceIndex device) : device(device), stream(c10::cuda::getStreamFromPool(false, device)) {}
+};
+
 struct Graph {
   c10::DeviceIndex device;
-  // A pool of its own, named here because a capture that failed has to be ended by name.
-  at::cuda::MempoolId_t pool = at::cuda::graph_pool_handle();
+  // Named here because a capture that failed has to be ended by name.
+  at::cuda::MempoolId_t pool;
   at::cuda::CUDAGraph graph;
   std::optional<c10::cuda::CUDAStream> last;
 
-  explicit Graph(c10::DeviceIndex device) : device(device) {}
+  explicit Graph(const Pool &pool) : device(pool.device), pool(pool.id) {}
 
   // What libtorch leaves undone where a capture fails: its allocators would go on to serve the stream from the pool, and its
   // generator would take all later draws on the device for part of the capture. A clone's state is not within one.
@@ -63,10 +73,15 @@ struct Graph {
       auto generator = at::cuda::detail::getDefaultCUDAGenerator(device);
       generator.graphsafe_set_state(generator.clone());
     });
-    attempt([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool); });
-    attempt([&] { at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool); });
-    attempt([&] { c10::cuda::CUDACachingAllocator::releasePool(device, pool); });
-    attempt([&] { at::getHostAllocator(at::kCUDA)->release_pool(pool); });
+    // What was never begun throws, and is not released: other graphs may have their memory there.
+    attempt([&] {
+      c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool);
+      c10::cuda::CUDACachingAllocator::releasePool(device, pool);
+    });
+    attempt([&] {
+      at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool);
+      at::getHostAllocator(at::kCUDA)->release_pool(pool);
+    });
   }
 };
 
@@ -78,13 +93,20 @@ void graphs_free_error(char *error) {
   if (error != no_memory) std::free(error);
 }
 
-// From here to graphs_side_leave this thread's work on the device goes to a stream beside the current one, which it waits for.
+char *graphs_pool_make(int device, void **pool) {
+  return guarded([&] { *pool = new Pool(static_cast<c10::DeviceIndex>(device)); });
+}
+
+// After the last of its graphs.
+void graphs_pool_free(void *pool) { delete static_cast<Pool *>(pool); }
+
+// From here to graphs_side_leave this thread's work on the device goes to the pool's stream beside the current one, which it waits for.
 // A capture cannot be on the default stream.
-char *graphs_side_enter(int device, void **side) {
+char *graphs_side_enter(void *pool, void **side) {
   return guarded([&] {
-    auto index = static_cast<c10::DeviceIndex>(device);
-    c10::cuda::getCurrentCUDAStream(index).synchronize();
-    *side = new c10::cuda::CUDAStreamGuard(c10::cuda::getStreamFromPool(false, index));
+    auto *ours = static_cast<Pool *>(pool);
+    c10::cuda::getCurrentCUDAStream(ours->device).synchronize();
+    *side = new c10::cuda::CUDAStreamGuard(ours->stream);
   });
 }
 
@@ -103,9 +125,9 @@ char *graphs_side_leave(void *side) {
 
 // Other threads may use the GPU meanwhile, hence the mode: what they do is none of this capture's business. The thread of
 // autograd adds to it all the same, as it queues its kernels on this stream.
-char *graphs_begin(int device, void **graph) {
+char *graphs_begin(void *pool, void **graph) {
   return guarded([&] {
-    auto made = std::make_unique<Graph>(static_cast<c10::DeviceIndex>(device));
+    auto made = std::make_unique<Graph>(*static_cast<Pool *>(pool));
     try {
       made->graph.capture_begin(made->pool, cudaStreamCaptureModeThreadLocal);
     } catch (...) {
@@ -136,7 +158,7 @@ char *graphs_replay(void *graph) {
   });
 }
 
-// Waits for the last replay, and gives its memory back: nothing else can use what is left in a graph's pool.
+// Waits for the last replay, and gives its memory back where it was the pool's last: nothing else can use what is left in it.
 char *graphs_free(void *graph) {
   std::unique_ptr<Graph> ours(static_cast<Graph *>(graph));
   return guarded([&] {

@@ -16,10 +16,12 @@ type Outcome = *mut c_char;
 /// The functions of `shim.cpp`.
 #[derive(Debug)]
 pub(super) struct Shim {
-    pub(super) side_enter: unsafe extern "C" fn(c_int, *mut *mut c_void) -> Outcome,
+    pub(super) pool_make: unsafe extern "C" fn(c_int, *mut *mut c_void) -> Outcome,
+    pub(super) pool_free: unsafe extern "C" fn(*mut c_void),
+    pub(super) side_enter: unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> Outcome,
     pub(super) side_ready: unsafe extern "C" fn(*mut c_void) -> Outcome,
     pub(super) side_leave: unsafe extern "C" fn(*mut c_void) -> Outcome,
-    pub(super) begin: unsafe extern "C" fn(c_int, *mut *mut c_void) -> Outcome,
+    pub(super) begin: unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> Outcome,
     pub(super) end: unsafe extern "C" fn(*mut c_void) -> Outcome,
     pub(super) replay: unsafe extern "C" fn(*mut c_void) -> Outcome,
     pub(super) free: unsafe extern "C" fn(*mut c_void) -> Outcome,
@@ -71,6 +73,8 @@ fn load() -> std::result::Result<Shim, String> {
     // SAFETY: the types are those of shim.cpp.
     let shim = unsafe {
         Shim {
+            pool_make: function(&library, c"graphs_pool_make")?,
+            pool_free: function(&library, c"graphs_pool_free")?,
             side_enter: function(&library, c"graphs_side_enter")?,
             side_ready: function(&library, c"graphs_side_ready")?,
             side_leave: function(&library, c"graphs_side_leave")?,
@@ -131,19 +135,19 @@ mod tests {
                 assert!(!gpu && reason.contains("undefined symbol"), "{reason}");
             }
             Ok(shim) => {
-                let mut side = null_mut();
+                let mut pool = null_mut();
                 // SAFETY: a device's number, and a place for the result.
-                let entered = shim.outcome(unsafe { (shim.side_enter)(0, &mut side) });
-                println!("opened; a stream: {entered:?}");
-                assert_eq!((entered.is_ok(), !side.is_null()), (gpu, gpu));
+                let made = shim.outcome(unsafe { (shim.pool_make)(0, &mut pool) });
+                println!("opened; a pool: {made:?}");
+                assert_eq!((made.is_ok(), !pool.is_null()), (gpu, gpu));
                 if gpu {
-                    // SAFETY: what was entered is left, once.
+                    let mut side = null_mut();
+                    // SAFETY: a pool, and a place for the result.
+                    assert!(shim.outcome(unsafe { (shim.side_enter)(pool, &mut side) }).is_ok());
+                    // SAFETY: what was entered is left, once; and the pool is freed after it.
                     assert!(shim.outcome(unsafe { (shim.side_leave)(side) }).is_ok());
-                } else {
-                    let mut graph = null_mut();
-                    // SAFETY: a device's number, and a place for the result.
-                    let begun = shim.outcome(unsafe { (shim.begin)(0, &mut graph) });
-                    assert!(begun.is_err() && graph.is_null());
+                    // SAFETY: as above.
+                    unsafe { (shim.pool_free)(pool) };
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! One timestep of guided sampling: of whole pictures at once, or view by view.
 
+use super::passes::{Aim, Passes};
 use super::GuidedSampler;
 use crate::optimizer::copy;
 use crate::scalar::WithNumber;
@@ -18,6 +19,7 @@ struct Targets {
 
 /// The parts of a run that a step reads, and those that it changes on its way.
 struct Step<'a, D: Denoiser, O> {
+    passes: &'a mut dyn Passes<D, O>,
     extractor: &'a FeatureExtractor<D>,
     scheduler: &'a dyn Scheduler,
     guidance: &'a Guidance<D::Condition>,
@@ -34,13 +36,14 @@ struct Step<'a, D: Denoiser, O> {
 
 impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
     /// Replaces the latents only when all went well.
-    pub(super) fn one(&mut self, timestep: f64) -> Result<Option<Tensor>> {
+    pub(super) fn one(&mut self, timestep: f64, passes: &mut dyn Passes<D, O>) -> Result<Option<Tensor>> {
         if self.start_time.is_nan() {
             return Err(Error::argument("start time", "NaN is not a timestep"));
         }
         self.guidance.check()?;
         let before = self.latents.f_to_kind(Kind::Float)?;
         let mut step = Step {
+            passes,
             extractor: &self.extractor,
             scheduler: self.scheduler.as_ref(),
             guidance: &self.guidance,
@@ -120,10 +123,8 @@ impl<D: Denoiser, O: Optimizer> Step<'_, D, O> {
 
     /// Latents, whole or a batch of views, one timestep further; and the loss of the last iteration, where there is one.
     fn further(&mut self, before: &Tensor, views: Option<&Batch>, targets: &mut Targets) -> Result<(Tensor, Option<Tensor>)> {
-        let mut latents = tch::no_grad(|| {
-            let prediction = self.extractor.denoiser.forward_guided(before, self.timestep, self.guidance)?;
-            self.scheduler.step(self.index, &prediction, before)
-        })?;
+        let prediction = self.passes.predict(&self.extractor.denoiser, before, self.timestep, self.guidance)?;
+        let mut latents = tch::no_grad(|| self.scheduler.step(self.index, &prediction, before))?;
         if self.iterations == 0 || self.timestep >= self.start_time {
             return Ok((latents, None));
         }
@@ -149,12 +150,9 @@ impl<D: Denoiser, O: Optimizer> Step<'_, D, O> {
         };
         let mut references = self.references_of_views(styles, content.as_ref(), next, views)?;
         references.labels = labels;
-        self.optimizer.reset();
-        let mut loss = None;
-        for _ in 0..self.iterations {
-            loss = Some(self.extractor.descend(&mut latents, next, &references, self.loss, self.optimizer)?);
-        }
-        Ok((latents, loss))
+        let aim = Aim { references: &references, loss: self.loss, iterations: self.iterations };
+        let (latents, loss) = self.passes.descents(self.extractor, latents, next, &aim, self.optimizer)?;
+        Ok((latents, Some(loss)))
     }
 
     fn noised_styles(&mut self, timestep: f64) -> Result<References> {
@@ -165,24 +163,23 @@ impl<D: Denoiser, O: Optimizer> Step<'_, D, O> {
     fn noised_references(&mut self, timestep: f64) -> Result<(References<Features>, Option<Tensor>)> {
         let mut all = self.references.try_map_counted(|clean| noised(self.scheduler, self.noise, clean, timestep))?;
         let content = all.content.take();
-        Ok((self.extractor.references(&all, timestep)?, content))
+        Ok((self.passes.references(self.extractor, &all, timestep)?, content))
     }
 
     /// The references of these views, or of whole pictures, but for the labels. Styles serve all views; the content, which belongs
     /// to places of the canvas, is cut here as the canvas was.
     fn references_of_views(
-        &self,
+        &mut self,
         styles: &References<Features>,
         content: Option<&Tensor>,
         timestep: f64,
         views: Option<&Batch>,
     ) -> Result<References<Features>> {
         let mut references = styles.shallow_clone();
-        let features = |content: &Tensor| {
+        if let Some(content) = content {
             let content = views.map(|views| views.cut_if_of_canvas(content)).transpose()?.unwrap_or_else(|| content.shallow_clone());
-            self.extractor.reference(&content, timestep)
-        };
-        references.content = content.map(features).transpose()?;
+            references.content = self.passes.references(self.extractor, &References::default().with_content(content), timestep)?.content;
+        }
         Ok(references)
     }
 }

@@ -4,13 +4,17 @@ use super::{Condition, Control};
 use crate::{Denoiser, Guidance, PlainAttention, Result};
 use tch::Tensor;
 
-/// [`Denoiser::forward_guided`], negative and prompt in one batch, in this order; where their shapes do not allow it, or
-/// their controls differ, one after the other.
+/// [`Denoiser::forward_guided`] by [`in_one_pass`].
 pub(crate) fn forward<D>(network: &D, latents: &Tensor, timestep: f64, guidance: &Guidance<Condition>) -> Result<Tensor>
 where
     D: Denoiser<Condition = Condition>,
 {
-    let pass = |latents: &Tensor, condition: &Condition| network.forward(latents, timestep, condition, &mut PlainAttention);
+    in_one_pass(latents, guidance, |latents, condition| network.forward(latents, timestep, condition, &mut PlainAttention))
+}
+
+/// Negative and prompt in one batch, in this order; where their shapes do not allow it, or their controls differ, one after the
+/// other.
+pub(crate) fn in_one_pass(latents: &Tensor, guidance: &Guidance<Condition>, pass: impl Fn(&Tensor, &Condition) -> Result<Tensor>) -> Result<Tensor> {
     let prompt = &guidance.prompt;
     let Some(negative) = guidance.active_negative().filter(|negative| !negative.is(prompt)) else {
         return pass(latents, prompt);

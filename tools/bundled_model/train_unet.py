@@ -2,11 +2,14 @@
 """Trains the U-Net on latents of random crops, encoded on the fly.
 
     python3 train_unet.py [--device cuda]     # work/unet: goes on where it was stopped
+    python3 train_unet.py --start ../../assets/mini/unet --name longer     # from weights that are there, in a run of its own
 
 Its features are what attention distillation lives on. Hence v-prediction (Salimans & Ho 2022): at high noise, where noise prediction has
 almost nothing to learn, it asks for the picture, which is where features of structure come from. Queries and keys start wider than usual,
 since attention that is uniform at the start stays so for long.
 """
+
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,6 +25,7 @@ parser.add_argument("--min-snr", type=float, metavar="GAMMA", help="losses weigh
 parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
 parser.add_argument("--attention-width", type=float, default=2.0, help="factor on the first weights of queries and keys")
 parser.add_argument("--batch", type=float, default=1.0, help="factor on the batch size, which is for two cores")
+parser.add_argument("--start", type=Path, metavar="FOLDER", help="a trained U-Net to start from, in diffusers layout, in place of random weights")
 parser.add_argument("--name", default="unet")
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
@@ -46,11 +50,14 @@ EARLY, LATE = (0.7, 0.2, 0.1, 0.0), (0.1, 0.2, 0.5, 0.2)
 
 torch.manual_seed(args.seed)
 vae = AutoencoderKL.from_pretrained(args.work / "vae_init").to(args.device).eval().requires_grad_(False)
-unet = UNet2DConditionModel(**CONFIG)
-with torch.no_grad():
-    for name, weight in unet.named_parameters():
-        if "attn1.to_q" in name or "attn1.to_k" in name:
-            weight.mul_(args.attention_width)
+if args.start:
+    unet = UNet2DConditionModel.from_pretrained(args.start, torch_dtype=torch.float32)
+else:
+    unet = UNet2DConditionModel(**CONFIG)
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if "attn1.to_q" in name or "attn1.to_k" in name:
+                weight.mul_(args.attention_width)
 unet = unet.to(args.device).train()
 denoising = Denoising(unet, args.prediction, args.device, args.min_snr)
 tiles = Tiles(args.work)
@@ -62,8 +69,8 @@ def encode(pictures):
 
 
 def crops_of(step, rng):
-    # Cheap sizes for the first 40 %, then the sizes that the model is used at.
-    odds = EARLY if step < 0.4 * args.steps else LATE
+    # Cheap sizes for the first 40 % of a run from nothing, then the sizes that the model is used at.
+    odds = EARLY if step < 0.4 * args.steps and not args.start else LATE
     side, count = SIZES[rng.choice(len(SIZES), p=odds)]
     return tiles.crops(max(1, round(count * args.batch)), 4 * side, rng)
 

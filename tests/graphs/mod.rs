@@ -1,0 +1,77 @@
+//! What stands in for a GPU and its network in tests of runs by graphs.
+#![allow(dead_code, clippy::disallowed_methods, missing_docs, unsafe_code)] // Each test file uses a part of it; a test may panic.
+
+use crate::toy::Toy;
+use attention_distillation::cuda_graphs::{Capturable, Recorder};
+use attention_distillation::{AttentionHook, Denoiser, Error, Result};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use tch::{Device, Kind, Tensor};
+
+/// Does the work some times over before, as a GPU's does to warm up, and counts.
+#[derive(Debug, Default, Clone)]
+pub struct Again {
+    pub captures: Rc<Cell<usize>>,
+    pub replays: Rc<Cell<usize>>,
+    /// Refuses the nth capture, from 1.
+    pub refused: Option<usize>,
+}
+
+impl Recorder for Again {
+    type Graph = usize;
+
+    unsafe fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+        assert_eq!(device, Device::Cpu);
+        self.captures.set(self.captures.get() + 1);
+        if self.refused == Some(self.captures.get()) {
+            return Err(Error::Torch(tch::TchError::Torch("CUDA error: operation not permitted when stream is capturing".into())));
+        }
+        for _ in 0..3 {
+            work()?;
+        }
+        Ok(self.captures.get())
+    }
+
+    unsafe fn replay(&mut self, _: &mut usize, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.replays.set(self.replays.get() + 1);
+        work()
+    }
+}
+
+/// The toy with its timestep as a tensor. Notes where it finds what it reads.
+pub struct Noting {
+    pub toy: Toy,
+    /// Passes at a number.
+    pub by_number: Cell<usize>,
+    /// Latents and timesteps.
+    pub places: RefCell<Vec<(usize, usize)>>,
+    /// Conditions of this number cannot be captured.
+    pub not: Cell<Option<f64>>,
+}
+
+impl Noting {
+    pub fn new() -> Self {
+        Self { toy: Toy::new(Kind::Float), by_number: Cell::new(0), places: RefCell::default(), not: Cell::new(None) }
+    }
+}
+
+impl Denoiser for Noting {
+    type Condition = f64;
+
+    fn forward(&self, latents: &Tensor, timestep: f64, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        self.by_number.set(self.by_number.get() + 1);
+        self.toy.forward(latents, timestep, condition, hook)
+    }
+}
+
+impl Capturable for Noting {
+    fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        assert_eq!((timestep.size(), timestep.kind()), (vec![1], Kind::Float));
+        self.places.borrow_mut().push((latents.data_ptr() as usize, timestep.data_ptr() as usize));
+        self.toy.run_at(latents, timestep, *condition, hook).map_err(Error::denoiser)
+    }
+
+    fn is_capturable(&self, condition: &f64) -> bool {
+        self.not.get() != Some(*condition)
+    }
+}
