@@ -29,7 +29,7 @@ demo: libtorch ## style transfer with the bundled model; CONTENT=FILE and STYLE=
 test: libtorch ## the whole test suite
 	$(CARGO) test --features hub
 	$(CARGO) test --no-default-features --test 'core_*' --test image --test metrics
-	$(CARGO) test --features cuda-graphs --lib --test core_graphs --test gpu_graphs
+	$(CARGO) test --features cuda-graphs --lib --test 'core_graphs*' --test gpu_graphs
 
 lint: libtorch ## format and clippy, every feature set
 	$(CARGO) fmt --check

@@ -12,6 +12,8 @@ use common::{device_and_kind, finished, memory};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
 use std::{collections::BTreeSet, fs, path::Path};
 
+type Group<'a> = criterion::BenchmarkGroup<'a, criterion::measurement::WallTime>;
+
 const SIZE: (i64, i64) = (256, 256);
 
 /// Seven windows side by side, for the expansion.
@@ -104,6 +106,17 @@ fn guided(c: &mut Criterion) {
     }
     model.set_gradient_checkpointing(false);
 
+    let condition = || model.prompts(&[""], SIZE).unwrap();
+    let guidance = Guidance::new(condition(), condition(), 7.5).unwrap();
+    by_graphs(&mut group, device, "guided step", || {
+        let mut noise = Noise::seeded(0);
+        let start = model.noise(1, SIZE, &mut noise).unwrap();
+        let (references, schedule) = (References::style(style.shallow_clone()), model.ddim(1000).unwrap());
+        let mut run = GuidedSampler::new(model.extractor(SIZE).unwrap(), schedule, guidance, references, start, noise);
+        (run.iterations, run.adain) = (3, true);
+        run
+    });
+
     // Of a style transfer by sampling: from noise without guidance, held to the photograph by the content loss.
     let settings = model.settings(Settings::style_transfer_by_sampling()).unwrap();
     let mut noise = Noise::seeded(0);
@@ -119,6 +132,31 @@ fn guided(c: &mut Criterion) {
         });
     });
     group.finish();
+}
+
+/// A step that is captured once and repeated, on a GPU.
+fn by_graphs<'m>(group: &mut Group, device: Device, name: &str, run: impl FnOnce() -> GuidedSampler<&'m StableDiffusion>) {
+    #[cfg(feature = "cuda-graphs")]
+    match attention_distillation::cuda_graphs::CudaGraphs::new() {
+        Err(reason) => eprintln!("skipped: {name}, CUDA graphs: {reason}"),
+        Ok(_) if !device.is_cuda() => {}
+        Ok(graphs) => {
+            let mut run = run().with_graphs(graphs);
+            run.advance().unwrap();
+            let begun = run.checkpoint().unwrap();
+            memory::bench(group, device, &format!("{name}, CUDA graphs"), |b| {
+                b.iter(|| {
+                    // Graphs go with the last step.
+                    if run.run().step + 1 >= run.run().scheduler.timesteps().len() {
+                        run.resume(&begun).unwrap();
+                    }
+                    finished(device, || run.advance().unwrap())
+                });
+            });
+        }
+    }
+    #[cfg(not(feature = "cuda-graphs"))]
+    let _ = (group, device, name, run);
 }
 
 /// The style's noise and features once in a step, or for each batch of views as the authors do.
@@ -143,6 +181,13 @@ fn expansion(c: &mut Criterion) {
             });
         });
     }
+    by_graphs(&mut group, device, "views in batches of 4", || {
+        let mut noise = Noise::seeded(0);
+        let start = model.noise(1, CANVAS, &mut noise).unwrap();
+        let (guidance, references) = (model.guidance(&[""], None, 1.0, CANVAS).unwrap(), References::style(style));
+        let run = GuidedSampler::new(model.extractor(CANVAS).unwrap(), model.ddim(1000).unwrap(), guidance, references, start, noise);
+        run.with_settings(&Settings::texture_expansion()).unwrap().with_windows(Windows::new(WINDOWS.0, WINDOWS.1).with_batch(4))
+    });
     group.finish();
 }
 

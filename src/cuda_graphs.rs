@@ -1,7 +1,8 @@
 //! Steps that are captured once and then repeated, by CUDA graphs: feature `cuda-graphs`.
 //!
 //! On a GPU a step is a thousand kernels and more; for a small picture, queueing them one by one is expected to take longer than running
-//! them. A graph queues all of them at once. [`Distiller::with_graphs`](crate::Distiller::with_graphs) makes such a run:
+//! them. A graph queues all of them at once. [`Distiller::with_graphs`](crate::Distiller::with_graphs) and
+//! [`GuidedSampler::with_graphs`](crate::GuidedSampler::with_graphs) make such runs:
 #![cfg_attr(feature = "stable-diffusion", doc = "```no_run")]
 #![cfg_attr(not(feature = "stable-diffusion"), doc = "```ignore")]
 //! # use attention_distillation::{cuda_graphs::CudaGraphs, image, Distiller, References, Result, StableDiffusion};
@@ -13,9 +14,9 @@
 //! # }
 //! ```
 //!
-//! On an H200 the pictures are those of the same run without graphs, to 0.1 grey levels of 255 at most, in f32, bf16 and f16. Other GPUs and
-//! other networks than a U-Net have not been tried; on the CPU a [`Recorder`] that does the work again instead of repeating it is
-//! tested.
+//! On an H200 the pictures of optimisations are those of the same run without graphs, to 0.1 grey levels of 255 at most, in f32, bf16 and f16.
+//! Guided sampling by graphs has not been on a GPU yet, nor have graphs that share their memory. Other GPUs and other networks than a
+//! U-Net have not been tried. On the CPU a [`Recorder`] that does the work again instead of repeating it is tested with both procedures.
 //!
 //! # What it needs
 //! The feature has a small C++ library, made while this crate is built, which wants a C++ compiler and NVIDIA's headers of any CUDA
@@ -25,8 +26,8 @@
 //! programs with this feature start where there is no CUDA.
 //!
 //! # What it does not do
-//! Guided sampling and windows run as ever. So do references with a [cache](crate::FeatureCache), as their features depend on
-//! what is in it.
+//! References with a [cache](crate::FeatureCache) are looked at as ever, as their features depend on what is in it; so is what
+//! [`GraphedSampler`] names.
 
 mod capturable;
 mod cuda;
@@ -50,6 +51,8 @@ use tch::Device;
 ///
 /// The work computes tensors from tensors which it finds, each time, at the same places of memory. It may be done any number
 /// of times while it is captured: what it wrote is then overwritten. A graph knows places, not tensors, which is why its use is unsafe.
+/// The tensors that the work makes for itself are nobody's between one replay and the next: graphs of one recorder may share their memory, and
+/// are not repeated at once.
 #[allow(unsafe_code)] // Only declared here.
 pub trait Recorder {
     /// What was captured.
@@ -61,7 +64,8 @@ pub trait Recorder {
     /// Those of `work`; what cannot be captured.
     ///
     /// # Safety
-    /// Each tensor that `work` reads or writes and did not make itself must stay alive, in its place of memory, until the graph is dropped.
+    /// Each tensor that `work` reads or writes and did not make itself must stay alive, in its place of memory, until the graph is dropped. What it did
+    /// make and its caller kept is not to be read.
     unsafe fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Graph>;
 
     /// Queues what was captured once more. `work` is the same work, for recorders that do it again instead.
@@ -70,6 +74,6 @@ pub trait Recorder {
     /// The device's.
     ///
     /// # Safety
-    /// As [`capture`](Self::capture), and the graph must be of this recorder.
+    /// As [`capture`](Self::capture), and the graph must be of this recorder. No other of its graphs may be at work, on another stream.
     unsafe fn replay(&mut self, graph: &mut Self::Graph, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
 }

@@ -89,7 +89,7 @@
 //! # Features
 //! `stable-diffusion` (default): networks from diffusers folders. `hub`: such folders from the Hugging Face hub.
 //! `download-libtorch`: tch fetches libtorch while it builds. `doc-only`: type checks without libtorch.
-//! `cuda-graphs`: optimisation by CUDA graphs (module `cuda_graphs`).
+//! `cuda-graphs`: runs by CUDA graphs (module `cuda_graphs`).
 //!
 //! # libtorch
 //! tch 0.24 wants libtorch 2.11.0. CUDA is opened at run time by [`device::best`] and [`device::parse`]: ask these before any

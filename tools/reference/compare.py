@@ -44,7 +44,7 @@ def arguments():
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("f32", "bf16", "f16"), default="f32")
     parser.add_argument("--low-memory", action="store_true", help="gradient checkpointing in both programs")
-    parser.add_argument("--cuda-graphs", action="store_true", help="in the crate, built with the feature `cuda-graphs`; transfers by optimisation only")
+    parser.add_argument("--cuda-graphs", action="store_true", help="in the crate, built with the feature `cuda-graphs`")
     parser.add_argument("--examples", type=Path, default=Path("target/release/examples"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--models", type=Path, metavar="DIR", help="where random models are kept, or found")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a model of one's own in place of the case's")
@@ -58,8 +58,8 @@ def arguments():
     for case in args.cases:
         if case not in CASES:
             parser.error(f"no case is called {case}; there are {', '.join(CASES)}")
-        if args.cuda_graphs and (CASES[case].task != "style_transfer" or args.device == "cpu"):
-            parser.error(f"{case}: --cuda-graphs is for cases of style_transfer, and for --device cuda")
+    if args.cuda_graphs and args.device == "cpu":
+        parser.error("--cuda-graphs is for --device cuda")
     for name in ("steps", "iterations", "rounds", "threads"):
         number = getattr(args, name)
         if number is not None and number < 1:
