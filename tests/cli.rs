@@ -127,6 +127,7 @@ fn flags_have_their_effect() {
         ("lr_same", true, &["--lr", "0.05"]),
         ("weight_same", true, &["--content-weight", "0.25"]),
         ("dtype_same", true, &["--dtype", "f32"]),
+        ("vae_dtype_same", true, &["--vae-dtype", "f32"]),
         ("method_same", true, &["--method", "optimise"]),
         ("preview_same", true, &["--preview", "1"]),
         ("layers", false, &["--layers", "0..3"]),
@@ -134,6 +135,7 @@ fn flags_have_their_effect() {
         ("lr", false, &["--lr", "0.5"]),
         ("styles", false, &["--style", "other.png", "--lr", "0.5"]),
         ("dtype", false, &["--dtype", "bf16", "--lr", "0.5"]),
+        ("vae_dtype", false, &["--vae-dtype", "bf16"]),
     ] {
         let picture = place.draw(&[&flags[..], more].concat(), &format!("{name}.png"));
         assert_eq!(differ(&picture, &plain) == 0.0, same, "{more:?}");
@@ -413,6 +415,7 @@ fn settings() {
     refuse(&["--layers", "16..17", "--steps", "2"], &["layers", "16..17", "16"]);
     refuse(&["--dtype", "f64"], &["dtype", "f64", "bf16"]);
     refuse(&["--dtype", ""], &["dtype", "f32"]);
+    refuse(&["--vae-dtype", "f64"], &["dtype", "f64", "bf16"]);
     refuse(&["--device", "foo"], &["device", "foo", "cuda:N"]);
     refuse(&["--device", "cuda:x"], &["device", "cuda:x"]);
     refuse(&["--method", "sample", "--steps", "0"], &["steps", "0"]);

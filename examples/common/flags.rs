@@ -42,6 +42,9 @@ pub struct Shared {
     /// Of the networks: f32, bf16 or f16; default: bf16 on CUDA, f32 on the CPU
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,
+    /// Of the autoencoder; default: f32, since half precisions show a little, and in f16 SDXL's overflows. bf16 is faster and takes less memory
+    #[arg(long, value_name = "DTYPE")]
+    pub vae_dtype: Option<String>,
     /// Keep fewer activations and compute them anew: less memory, about a third slower
     #[arg(long)]
     pub low_memory: bool,

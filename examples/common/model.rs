@@ -2,17 +2,27 @@
 
 use super::Shared;
 use attention_distillation::stable_diffusion::AutoencoderKl;
-use attention_distillation::{tch::Kind, Error, Result, StableDiffusion};
+use attention_distillation::{device, tch::Kind, Error, Result, StableDiffusion};
 use std::path::{Path, PathBuf};
 
 pub fn open(shared: &Shared) -> Result<StableDiffusion> {
     let device = shared.device()?;
     let kind = shared.kind(device)?;
+    let vae_kind = shared.vae_dtype.as_deref().map(device::parse_kind).transpose()?;
+    let open = |folder: &Path| match vae_kind {
+        Some(its) => AutoencoderKl::open_in(folder, device, its),
+        None => AutoencoderKl::open(folder, device, kind),
+    };
     // First, as the model takes longer, and the more so where it has to be fetched.
-    let vae = shared.vae.as_ref().map(|folder| AutoencoderKl::open(folder, device, kind)).transpose()?;
-    let mut model = StableDiffusion::open(folder(&shared.model, kind)?, device, kind)?;
+    let vae = shared.vae.as_deref().map(open).transpose()?;
+    let folder = folder(&shared.model, kind)?;
+    let mut model = StableDiffusion::open(&folder, device, kind)?;
     model.set_gradient_checkpointing(shared.low_memory);
-    vae.map_or(Ok(()), |vae| model.set_vae(vae))?;
+    match vae {
+        Some(vae) => model.set_vae(vae)?,
+        None if vae_kind.is_some() => model.set_vae(open(&folder.join("vae"))?)?,
+        None => (),
+    }
     Ok(model)
 }
 

@@ -44,6 +44,7 @@ def arguments():
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("f32", "bf16", "f16"), default="f32")
     parser.add_argument("--low-memory", action="store_true", help="gradient checkpointing in both programs")
+    parser.add_argument("--half-vae", action="store_true", help="the crate's autoencoder in --dtype, too, as Python's is; else it computes in f32")
     parser.add_argument("--cuda-graphs", action="store_true", help="in the crate, built with the feature `cuda-graphs`")
     parser.add_argument("--examples", type=Path, default=Path("target/release/examples"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--models", type=Path, metavar="DIR", help="where random models are kept, or found")
@@ -74,7 +75,8 @@ SAME_WORK = 1e-3
 def one_round(name, case, args, model, given, folder, python_first):
     """Each program once, and their pictures."""
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": WAIT_POLICY}
-    programs = {"crate": [args.examples / case.task, *["--cuda-graphs"] * args.cuda_graphs], "python": [sys.executable, REFERENCE, case.task]}
+    own = ["--cuda-graphs"] * args.cuda_graphs + ["--vae-dtype", args.dtype] * args.half_vae
+    programs = {"crate": [args.examples / case.task, *own], "python": [sys.executable, REFERENCE, case.task]}
     ran, pictures = {}, {}
     # Whichever is first finds less of what both read in the system's memory.
     for which, program in sorted(programs.items(), reverse=python_first):
@@ -102,7 +104,7 @@ def compare(name, args, folder):
     in_batches = f" for each of {batches} batches of views" if batches > 1 else ""
     print(f"## {name}\n")
     print(f"{case.task}, {args.model or weights}, {size[0]}x{size[1]}, {args.dtype}{', low memory' if args.low_memory else ''}", end="")
-    print(f"{', the crate by CUDA graphs' if args.cuda_graphs else ''}; ", end="")
+    print(f"{', the crate by CUDA graphs' if args.cuda_graphs else ''}{', its autoencoder in this precision, too' if args.half_vae else ''}; ", end="")
     print(f"timesteps: {steps}{of_authors}, Adam steps in each: {iterations}{in_batches}; median of {args.rounds} round(s), in turns.\n")
     table([(crate, python) for crate, python, _ in rounds], iterations * batches)
     if "peak_allocated_mib" in report:
