@@ -12,7 +12,7 @@ FEATURES ?=
 FEATURE_SETS = "--no-default-features" "" "--features hub" "--features hub,cuda-graphs" "--no-default-features --features cuda-graphs"
 
 .DEFAULT_GOAL := help
-.PHONY: help libtorch demo test lint doc bench compare reference fixtures clean
+.PHONY: help libtorch demo test lint doc bench gallery compare reference fixtures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,10 @@ doc: libtorch ## the documentation
 
 bench: libtorch ## the benchmarks
 	$(CARGO) bench
+
+gallery: libtorch ## the README's pictures, by the bundled model
+	$(CARGO) build --release --examples
+	tools/gallery.sh
 
 compare: libtorch ## the crate beside plain Python, CASES='NAME ..' COMPARE='--FLAG ..' FEATURES=NAME; PYTHON as for reference
 	$(CARGO) build --release --features '$(FEATURES)' --example style_transfer --example text_to_image --example texture_expansion

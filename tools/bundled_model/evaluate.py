@@ -35,6 +35,7 @@ parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
 parser.add_argument("--pairs", type=int, nargs="+", default=[144], help="of content and style, for each size; the last number serves the sizes left")
 parser.add_argument("--textures", type=int, default=12)
 parser.add_argument("--flags", default="", help="for style_transfer, such as '--content-weight 0.15'")
+parser.add_argument("--texture-flags", default="", help="likewise for texture_synthesis")
 parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="pictures made at the same time, with one thread each")
 parser.add_argument("--binaries", type=Path, default=HERE / "../../target/release/examples")
 parser.add_argument("--work", type=Path, default=HERE / "work")
@@ -124,7 +125,7 @@ def transfers(held, folder, inputs, side, count):
 
 
 def texture(source, other, output):
-    run("texture_synthesis", "--model", args.model, "--style", source, "--method", "sample", "--size", "256x256", "--output", output)
+    run("texture_synthesis", "--model", args.model, "--style", source, "--method", "sample", "--size", "256x256", "--output", output, *args.texture_flags.split())
     natural, made = (patches(metrics("--result", result, "--style", source)) for result in (other, output))
     return dict(natural=natural, made=made, ratio=made / natural)
 
@@ -170,7 +171,7 @@ def judge():
     held, folder = HERE / "work/heldout" / args.set, args.work / "evaluation" / args.name
     inputs = args.work / "evaluation" / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
-    result = dict(name=args.name, set=args.set, flags=args.flags, **({} if args.no_networks else networks()))
+    result = dict(name=args.name, set=args.set, flags=args.flags, texture_flags=args.texture_flags, **({} if args.no_networks else networks()))
     for i, side in enumerate(args.sizes):
         found = transfers(held, folder, inputs, side, args.pairs[min(i, len(args.pairs) - 1)])
         result[f"transfers_{side}"] = dict(pairs=len(found), **{name: mean(found, name) for name in ("patches", "colours", "structure")})

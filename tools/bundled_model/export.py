@@ -2,6 +2,7 @@
 """Puts a trained model together in f16, ready to ship.
 
     python3 export.py --output ../../assets/mini      # from work/unet, work/vae, work/scheduler
+    python3 export.py --output ../../assets/mini --unet work/longer --vae ../../assets/mini/vae      # with another U-Net, and the decoder that is there
     python3 export.py --random --output work/random   # the control: the same autoencoder, a U-Net of random weights
 
 `attention_distillation.json`, the model's own settings, is kept where the folder has one.
@@ -20,10 +21,12 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--output", type=Path, required=True)
 parser.add_argument("--random", action="store_true")
 parser.add_argument("--work", type=Path, default=HERE / "work")
+parser.add_argument("--unet", type=Path, help="default: that of the working folder")
+parser.add_argument("--vae", type=Path, help="likewise")
 args = parser.parse_args()
 
-vae = AutoencoderKL.from_pretrained(args.work / "vae")
-unet = UNet2DConditionModel.from_pretrained(args.work / "unet")
+vae = AutoencoderKL.from_pretrained(args.vae or args.work / "vae", torch_dtype=torch.float32)
+unet = UNet2DConditionModel.from_pretrained(args.unet or args.work / "unet", torch_dtype=torch.float32)
 if args.random:
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(unet.config)
