@@ -14,8 +14,8 @@
 //! # }
 //! ```
 //!
-//! On an H200 the pictures of optimisations are those of the same run without graphs, to 0.1 grey levels of 255 at most, in f32, bf16 and f16.
-//! Guided sampling by graphs has not been on a GPU yet, nor have graphs that share their memory. Other GPUs and other networks than a
+//! On an H200 the pictures of optimisations, by graphs with memory of their own each, were those of the same run without graphs, to 0.1 grey levels
+//! of 255 at most, in f32, bf16 and f16. Since then graphs share their memory, and guided sampling has them, too: neither has been on a GPU yet. Other GPUs and other networks than a
 //! U-Net have not been tried. On the CPU a [`Recorder`] that does the work again instead of repeating it is tested with both procedures.
 //!
 //! # What it needs
@@ -26,8 +26,8 @@
 //! programs with this feature start where there is no CUDA.
 //!
 //! # What it does not do
-//! References with a [cache](crate::FeatureCache) are looked at as ever, as their features depend on what is in it; so is what
-//! [`GraphedSampler`] names.
+//! Optimisations look at references with a [cache](crate::FeatureCache) as ever, as their features depend on what is in it. What guided
+//! sampling does as ever is with [`GraphedSampler`].
 
 mod capturable;
 mod cuda;
@@ -51,21 +51,22 @@ use tch::Device;
 ///
 /// The work computes tensors from tensors which it finds, each time, at the same places of memory. It may be done any number
 /// of times while it is captured: what it wrote is then overwritten. A graph knows places, not tensors, which is why its use is unsafe.
-/// The tensors that the work makes for itself are nobody's between one replay and the next: graphs of one recorder may share their memory, and
-/// are not repeated at once.
+/// The tensors that the work makes for itself while it is captured are nobody's between one replay and the next: graphs of one recorder may
+/// share memory for them, and then see to it that no two replays are under way at the same time.
 #[allow(unsafe_code)] // Only declared here.
 pub trait Recorder {
     /// What was captured.
     type Graph;
 
-    /// Captures the kernels that `work` queues on `device`.
+    /// Captures the kernels that `work` queues on `device`. The work is done at least once before, uncaptured: what it then makes and keeps, in memory
+    /// of its own, it finds again in the capture.
     ///
     /// # Errors
     /// Those of `work`; what cannot be captured.
     ///
     /// # Safety
-    /// Each tensor that `work` reads or writes and did not make itself must stay alive, in its place of memory, until the graph is dropped. What it did
-    /// make and its caller kept is not to be read.
+    /// Each tensor that `work` reads or writes and did not make itself must stay alive, in its place of memory, until the graph is dropped. What it makes
+    /// while it is captured is not to be read afterwards, but by itself.
     unsafe fn capture(&mut self, device: Device, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Graph>;
 
     /// Queues what was captured once more. `work` is the same work, for recorders that do it again instead.
@@ -74,6 +75,6 @@ pub trait Recorder {
     /// The device's.
     ///
     /// # Safety
-    /// As [`capture`](Self::capture), and the graph must be of this recorder. No other of its graphs may be at work, on another stream.
+    /// As [`capture`](Self::capture), and the graph must be of this recorder.
     unsafe fn replay(&mut self, graph: &mut Self::Graph, work: &mut dyn FnMut() -> Result<()>) -> Result<()>;
 }

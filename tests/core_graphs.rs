@@ -10,7 +10,7 @@ use attention_distillation::{
     AdLoss, Adam, AdamConfig, AttentionHook, Denoiser, Distiller, Error, FeatureCache, FeatureExtractor, Features, LabelMap, Loss, Optimizer,
     References, Result, Style, TotalLoss,
 };
-use graphs::{Again, Noting};
+use graphs::{Again, Noting, NotingLoss};
 use std::sync::{Arc, Mutex};
 use tch::{Kind, Tensor};
 use toy::{assert_same, latents, relative, Toy, Trouble};
@@ -129,19 +129,6 @@ fn a_run_may_have_begun() {
     assert_eq!(run.run().step, 3);
     let _ = run.finish().unwrap();
     assert_agree(run.run(), &eager);
-}
-
-/// Notes where it finds the styles' keys and values.
-struct NotingLoss(AdLoss, Arc<Mutex<Vec<Vec<usize>>>>);
-
-impl Loss for NotingLoss {
-    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
-        let layers = references.styles.iter().flat_map(|style| style.of.layers());
-        let content = references.content.iter().flat_map(Features::layers).map(|layer| layer.query.data_ptr() as usize);
-        let places = layers.flat_map(|layer| [&layer.key, &layer.value].map(|tensor| tensor.data_ptr() as usize)).chain(content).collect();
-        self.1.lock().unwrap().push(places);
-        self.0.evaluate(picture, references)
-    }
 }
 
 /// A GPU's graph reads addresses: so the work must find everything where it was, and nothing by number.
@@ -456,6 +443,6 @@ mod networks {
         assert!(matches!(refused, Err(Error::Argument { argument: "condition", .. })));
         let refused = model.gradient_at(&content, &at, &condition, 10..16, &mut |_| unreachable!());
         assert!(matches!(refused, Err(Error::Argument { argument: "condition", .. })));
-        assert!(!model.is_capturable(&condition) && model.is_capturable(&model.prompts(&[""], (64, 64)).unwrap()));
+        assert!(!model.can_capture(&condition) && model.can_capture(&model.prompts(&[""], (64, 64)).unwrap()));
     }
 }

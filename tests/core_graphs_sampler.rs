@@ -10,7 +10,8 @@ use attention_distillation::{
     AdLoss, ContentLoss, Ddim, DdimConfig, Error, FeatureExtractor, Guidance, GuidedSampler, LabelMap, Noise, References, Scheduler, Style,
     TotalLoss, Windows,
 };
-use graphs::{Again, Noting};
+use graphs::{Again, Noting, NotingLoss};
+use std::sync::{Arc, Mutex};
 use tch::Tensor;
 use toy::{assert_same, latents, relative, Toy, Trouble};
 
@@ -109,6 +110,18 @@ fn labelled() -> References {
     References::styles([style]).with_content(latents(8, 6, 8)).with_labels(labels([0, 0, 1, 1]))
 }
 
+/// Styles of the content's size, and weights, whose bias is made once for each shape.
+#[test]
+fn weights_count_as_they_do_without() {
+    let weighted = || {
+        let styles = [(9, 8, 8, 2.0), (8, 6, 8, 0.5), (6, 6, 8, 0.0)];
+        References::styles(styles.map(|(seed, h, w, weight)| Style::new(latents(seed, h, w)).with_weight(weight))).with_content(latents(8, 6, 8))
+    };
+    assert_eq!(both(|run| run.references = weighted()), (4, 5 * 5, 0));
+    let windows = Windows::new(4, 2).with_batch(4);
+    assert_eq!(both(|run| (run.references, run.windows) = (weighted(), Some(windows))), (7, 5 * (2 + 1 + 2 + 2 * 2), 0));
+}
+
 #[test]
 fn regions_are_those_of_the_run() {
     assert_eq!(both(|run| run.references = labelled()), (4, 5 * 5, 0));
@@ -157,24 +170,34 @@ fn conditions_that_cannot_be_captured_predict_one_by_one() {
     assert_eq!(both_on(&net, |run| run.guidance.scale = 1.0), (4, 5 * 5, 0));
 }
 
-/// A GPU's graph reads addresses.
+/// A GPU's graph reads addresses: the latents, the timestep, the references' features.
 #[test]
 fn all_that_changes_stays_in_its_place() {
-    let net = Noting::new();
-    let (mut run, recorder) = graphed(sampler(&net, 6));
-    run.advance().unwrap();
-    net.places.borrow_mut().clear();
-    let mut others = vec![];
-    let mut steps = vec![];
-    while run.advance().unwrap().is_some() {
-        steps.push(net.places.take());
-        // Memory that is given back may be given again: in between somebody else takes it.
-        others.extend((0..50).map(|i| latents(i, 6, 8)));
+    let uneven = Windows::new(4, 2).with_batch(4);
+    // Prompt and negative, two styles, the content, two iterations; in windows in batches of 4 and of 2 views.
+    for (windows, captures, passes) in [(None, 4, 2 + 2 + 1 + 2), (Some(uneven), 7, 2 * (2 + 1 + 2) + 2)] {
+        let net = Noting::new();
+        let places = Arc::new(Mutex::new(vec![]));
+        let mut run = sampler(&net, 6);
+        run.loss = TotalLoss::default().plus(1.0, NotingLoss(AdLoss::default(), Arc::clone(&places)));
+        run.windows = windows;
+        let (mut run, recorder) = graphed(run);
+        run.advance().unwrap();
+        net.places.borrow_mut().clear();
+        places.lock().unwrap().clear();
+        let mut others = vec![];
+        let mut steps = vec![];
+        while run.advance().unwrap().is_some() {
+            steps.push((net.places.take(), std::mem::take(&mut *places.lock().unwrap())));
+            // Memory that is given back may be given again: in between somebody else takes it.
+            others.extend((0..50).map(|i| latents(i, 6, 8)));
+        }
+        assert_eq!((recorder.captures.get(), steps.len()), (captures, 5));
+        assert_eq!((steps[0].0.len(), steps[0].1.len()), (passes, if windows.is_some() { 4 } else { 2 }));
+        // Of two styles keys and values in two layers, of the content queries.
+        assert!(steps[0].1.iter().all(|found| found.len() == 2 * 2 * 2 + 2));
+        assert!(steps.windows(2).all(|pair| pair[0] == pair[1]), "{steps:?}");
     }
-    assert_eq!((recorder.captures.get(), steps.len()), (4, 5));
-    // Prompt and negative, two styles, the content, two iterations.
-    assert_eq!(steps[0].len(), 2 + 2 + 1 + 2);
-    assert!(steps.windows(2).all(|pair| pair[0] == pair[1]), "{steps:?}");
 }
 
 #[test]

@@ -26,9 +26,9 @@ pub trait Capturable: Denoiser {
         guidance.one_by_one(|condition| self.forward_at(latents, timestep, condition, &mut PlainAttention))
     }
 
-    /// Whether noise predictions under this condition may be captured, as they may by default. Those under others are made by
-    /// [`Denoiser::forward_guided`].
-    fn is_capturable(&self, _condition: &Self::Condition) -> bool {
+    /// Whether noise predictions under this condition may be captured, as they may by default; those under others are made by
+    /// [`Denoiser::forward_guided`]. Override it where what the network does under a condition depends on more than its tensors.
+    fn can_capture(&self, _condition: &Self::Condition) -> bool {
         true
     }
 
@@ -69,8 +69,8 @@ macro_rules! by_pointer {
             fn forward_guided_at(&self, latents: &Tensor, timestep: &Tensor, guidance: &Guidance<D::Condition>) -> Result<Tensor> {
                 (**self).forward_guided_at(latents, timestep, guidance)
             }
-            fn is_capturable(&self, condition: &D::Condition) -> bool {
-                (**self).is_capturable(condition)
+            fn can_capture(&self, condition: &D::Condition) -> bool {
+                (**self).can_capture(condition)
             }
             fn gradient_at(
                 &self,

@@ -11,10 +11,11 @@ use tch::Device;
 /// Work is done so often before it is captured: what libraries set up when they are first used cannot be captured.
 const WARM_UPS: usize = 3;
 
-/// CUDA's graphs, on any GPU: the recorder for [`Distiller::with_graphs`](crate::Distiller::with_graphs).
+/// CUDA's graphs, on any GPU: the recorder for [`Distiller::with_graphs`](crate::Distiller::with_graphs) and
+/// [`GuidedSampler::with_graphs`](crate::GuidedSampler::with_graphs).
 ///
 /// A capture waits for the work that is under way, and has libtorch give back the memory that it keeps for later. The graphs of one recorder
-/// share their memory, which stays theirs until the last of them is dropped: so they are to be repeated one after the other.
+/// share their memory, which stays theirs until the last of them is dropped; they are repeated one after the other, on whatever streams.
 #[derive(Debug)]
 pub struct CudaGraphs {
     shim: &'static Shim,
@@ -31,7 +32,7 @@ impl CudaGraphs {
         Ok(Self { shim: Shim::open()?, pool: Weak::new() })
     }
 
-    /// That of the graphs that are there, or a new one: what is left of one whose last graph is gone cannot be captured into.
+    /// The pool of the graphs that are alive, or a new one: what is left of a pool whose last graph is gone cannot be captured into.
     fn pool(&mut self, device: c_int) -> Result<Arc<Pool>> {
         if let Some(pool) = self.pool.upgrade().filter(|pool| pool.device == device) {
             return Ok(pool);
@@ -81,7 +82,7 @@ struct Pool {
     pool: *mut c_void,
 }
 
-// SAFETY: what it points to does not change from when it is made to when it is freed, and is not bound to a thread.
+// SAFETY: what it points to is not bound to a thread, and changes under a lock of its own alone.
 #[allow(unsafe_code)]
 unsafe impl Send for Pool {}
 // SAFETY: as above.

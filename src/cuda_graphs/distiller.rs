@@ -14,8 +14,9 @@ use tch::Tensor;
 /// are there that of a whole step, which nothing else can use meanwhile.
 ///
 /// A graph repeats what was captured, not what the run's fields say now. So these are read by [`run`](Self::run), and changed by
-/// [`change`](Self::change) alone, after which the next step is captured anew. What a network or a loss changes within itself goes unseen:
-/// both must keep, where they were, all tensors that they showed to the capture. One that frees or replaces such a tensor makes the graph read memory that is no longer its.
+/// [`change`](Self::change) alone, after which the next step is captured anew. What a network, a condition or a loss changes within itself goes unseen:
+/// all must keep, where they were, the tensors that they showed to the capture. One that frees or replaces such a tensor (`set_data` on a second handle
+/// does) makes the graph read memory that is no longer its.
 pub struct GraphedDistiller<D: Capturable, R: Recorder = CudaGraphs> {
     // Dropped first: it works on the run's tensors.
     captured: Option<Captured<R::Graph>>,
@@ -38,24 +39,24 @@ impl<D: Capturable> Distiller<D, Adam> {
 
 impl<D: Capturable, R: Recorder> GraphedDistiller<D, R> {
     /// The next timestep, as [`Distiller::advance`]. The first one, and the first after a [`change`](Self::change), costs some
-    /// passes more. After the last one the graphs and their memory are gone, which decoding has need of.
+    /// passes more. After the last one, and after an error, the graphs and their memory are gone.
     ///
     /// # Errors
     /// As [`Distiller::advance`], and what cannot be captured, such as a run on the CPU. The run then stands at its last finished step, and may
     /// go on [without graphs](Self::into_run).
     pub fn advance(&mut self) -> Result<Option<Progress>> {
         let Self { captured, run, recorder } = self;
-        let progress = run.advance_by(|run, timestep| {
+        let outcome = run.advance_by(|run, timestep| {
             let captured = match captured {
                 Some(captured) => captured,
                 none => none.insert(Captured::new(recorder, run, timestep)?),
             };
             captured.descents(recorder, run, timestep)
-        })?;
-        if self.run.step >= self.run.timesteps.len() {
+        });
+        if outcome.is_err() || self.run.step >= self.run.timesteps.len() {
             self.captured = None;
         }
-        Ok(progress)
+        outcome
     }
 
     /// All that is left; returns the final latents (another handle on those of the run).

@@ -13,7 +13,7 @@ struct Kept<G, S> {
     statics: S,
 }
 
-/// All that a run has captured so far: of each kind of pass one for each shape. Without windows that is one, with windows it may be two.
+/// All that a run has captured so far: of each kind of pass one for each shape, and styles and content are looked at apart.
 pub(super) struct Captured<G> {
     predictions: Vec<Kept<G, Prediction>>,
     looks: Vec<Kept<G, Look>>,
@@ -40,13 +40,13 @@ pub(super) struct ByGraphs<'a, R: Recorder> {
 }
 
 // SAFETY, of all captures and replays here: what the work reads and writes are the statics, which are kept beside the graph and dropped
-// after it, and the run's network, conditions and loss, which GraphedSampler drops after all graphs and lets nobody change while they
-// are there. All graphs are of one recorder.
+// after it, and the run's network, conditions and loss, which GraphedSampler drops after all graphs and gives nobody to change while they
+// are there. (Somebody who changes them through handles of his own breaks what GraphedSampler asks for.) All graphs are of one recorder.
 #[allow(unsafe_code)]
 impl<D: Capturable, R: Recorder> Passes<D, Adam> for ByGraphs<'_, R> {
     fn predict(&mut self, denoiser: &D, latents: &Tensor, timestep: f64, guidance: &Guidance<D::Condition>) -> Result<Tensor> {
         let mut conditions = std::iter::once(&guidance.prompt).chain(guidance.active_negative());
-        if !conditions.all(|condition| denoiser.is_capturable(condition)) {
+        if !conditions.all(|condition| denoiser.can_capture(condition)) {
             return Passes::<D, Adam>::predict(&mut OneByOne, denoiser, latents, timestep, guidance);
         }
         let Self { captured, recorder, .. } = self;

@@ -7,15 +7,15 @@ use crate::{Adam, Checkpoint, GuidedSampler, Progress, Result};
 use tch::Tensor;
 
 /// A [`GuidedSampler`] whose passes and optimizer steps are captured when they first come, and repeated from then on: one graph of the
-/// noise prediction, one of the references' passes, one of an iteration; with windows one of each for a batch of views, and
-/// for the smaller batch that may come last. Same pictures, up to roundings. Scheduler, noise and AdaIN are as ever.
+/// noise prediction, one of the styles' passes, one of the content's, one of an iteration; with windows one more of the prediction, the
+/// content's pass and the iteration where the last batch of views is smaller. Same pictures, up to roundings. Scheduler, noise and AdaIN are as ever.
 ///
-/// Made one by one are noise predictions under a condition that is [not capturable](Capturable::is_capturable), such as a
+/// Made one by one are noise predictions under a condition that [cannot be captured](Capturable::can_capture), such as a
 /// ControlNet's, and the iterations of windows with labels, which are other ones for each view.
 ///
 /// What is said of [`GraphedDistiller`](super::GraphedDistiller) holds here, too: errors leave the run at its last finished step, fields are read by
-/// [`run`](Self::run) and changed by [`change`](Self::change) alone, and network and loss must keep their tensors where they were.
-/// After an error the next step is captured anew.
+/// [`run`](Self::run) and changed by [`change`](Self::change) alone, and network, conditions and loss must keep their tensors where they were.
+/// The features are kept twice, as they are seen and for the iterations, and once more for a smaller last batch.
 pub struct GraphedSampler<D: Capturable, R: Recorder = CudaGraphs> {
     // Dropped first: it works on the run's tensors.
     captured: Captured<R::Graph>,
@@ -37,8 +37,8 @@ impl<D: Capturable> GuidedSampler<D, Adam> {
 }
 
 impl<D: Capturable, R: Recorder> GraphedSampler<D, R> {
-    /// The next timestep, as [`GuidedSampler::advance`]. Those in which something is captured, the first two as a rule, cost some
-    /// passes more. After the last one the graphs and their memory are gone, which decoding has need of.
+    /// The next timestep, as [`GuidedSampler::advance`]. One in which something is captured costs some passes more: the first, and the first below
+    /// [`start_time`](GuidedSampler::start_time). After the last one, and after an error, the graphs and their memory are gone.
     ///
     /// # Errors
     /// As [`GuidedSampler::advance`], and what cannot be captured, such as a run on the CPU. The run then stands at its last finished step,

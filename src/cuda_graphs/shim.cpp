@@ -12,7 +12,9 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <vector>
 
 namespace {
 
@@ -41,28 +43,78 @@ template <typename Work> void attempt(Work work) noexcept {
   }
 }
 
+// Streams that no pool has now. cuBLAS keeps memory for each stream that it ever worked on, so they are taken again.
+struct Streams {
+  std::mutex lock;
+  std::vector<c10::cuda::CUDAStream> free;
+
+  static Streams &all() {
+    static auto &all = *new Streams; // Not to be destroyed before the last pool.
+    return all;
+  }
+
+  static c10::cuda::CUDAStream take(c10::DeviceIndex device) {
+    auto &streams = all();
+    std::lock_guard<std::mutex> guard(streams.lock);
+    for (auto stream = streams.free.begin(); stream != streams.free.end(); ++stream) {
+      if (stream->device_index() == device) {
+        auto taken = *stream;
+        streams.free.erase(stream);
+        return taken;
+      }
+    }
+    return c10::cuda::getStreamFromPool(false, device);
+  }
+
+  static void put(c10::cuda::CUDAStream stream) {
+    auto &streams = all();
+    std::lock_guard<std::mutex> guard(streams.lock);
+    streams.free.push_back(stream);
+  }
+};
+
 // What the captures of a run share: memory, and the stream by which libtorch tells whether memory that one of them left may serve
-// another. A graph leaves nothing of worth in it from one replay to the next.
+// another. A graph leaves nothing of worth in it from one replay to the next, so that they only must not be at work at the same time.
 struct Pool {
   c10::DeviceIndex device;
   c10::cuda::CUDAStream stream;
   at::cuda::MempoolId_t id = at::cuda::graph_pool_handle();
+  std::mutex lock;
+  // Where the last replay is.
+  std::optional<c10::cuda::CUDAStream> last;
 
-  explicit Pool(c10::DeviceIndex device) : device(device), stream(c10::cuda::getStreamFromPool(false, device)) {}
+  explicit Pool(c10::DeviceIndex device) : device(device), stream(Streams::take(device)) {}
+
+  ~Pool() {
+    attempt([&] { Streams::put(stream); });
+  }
+
+  void wait() {
+    std::lock_guard<std::mutex> guard(lock);
+    if (last) last->synchronize();
+  }
+
+  // A replay behind the one before, also where that was on another stream.
+  void replay(at::cuda::CUDAGraph &graph) {
+    std::lock_guard<std::mutex> guard(lock);
+    auto current = c10::cuda::getCurrentCUDAStream(device);
+    if (last && *last != current) last->synchronize();
+    graph.replay();
+    last = current;
+  }
 };
 
 struct Graph {
-  c10::DeviceIndex device;
-  // Named here because a capture that failed has to be ended by name.
-  at::cuda::MempoolId_t pool;
+  // Lives longer.
+  Pool &pool;
   at::cuda::CUDAGraph graph;
-  std::optional<c10::cuda::CUDAStream> last;
 
-  explicit Graph(const Pool &pool) : device(pool.device), pool(pool.id) {}
+  explicit Graph(Pool &pool) : pool(pool) {}
 
   // What libtorch leaves undone where a capture fails: its allocators would go on to serve the stream from the pool, and its
-  // generator would take all later draws on the device for part of the capture. A clone's state is not within one.
-  void abandon() noexcept {
+  // generator would take all later draws on the device for part of the capture. A clone's state is not within one. `begun`: whether the
+  // pool is known to have been taken into use.
+  void abandon(bool begun) noexcept {
     bool ended = false;
     attempt([&] {
       graph.pool(); // throws unless the capture ended well
@@ -70,18 +122,21 @@ struct Graph {
     });
     if (ended) return;
     attempt([&] {
-      auto generator = at::cuda::detail::getDefaultCUDAGenerator(device);
+      auto generator = at::cuda::detail::getDefaultCUDAGenerator(pool.device);
       generator.graphsafe_set_state(generator.clone());
     });
-    // What was never begun throws, and is not released: other graphs may have their memory there.
+    // Ending throws where it was not begun, or has ended. What was not begun is not released: other graphs may have their memory there.
+    bool device_begun = begun, host_begun = begun;
     attempt([&] {
-      c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool);
-      c10::cuda::CUDACachingAllocator::releasePool(device, pool);
+      c10::cuda::CUDACachingAllocator::endAllocateToPool(pool.device, pool.id);
+      device_begun = true;
     });
     attempt([&] {
-      at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool);
-      at::getHostAllocator(at::kCUDA)->release_pool(pool);
+      at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool.id);
+      host_begun = true;
     });
+    if (device_begun) attempt([&] { c10::cuda::CUDACachingAllocator::releasePool(pool.device, pool.id); });
+    if (host_begun) attempt([&] { at::getHostAllocator(at::kCUDA)->release_pool(pool.id); });
   }
 };
 
@@ -129,9 +184,9 @@ char *graphs_begin(void *pool, void **graph) {
   return guarded([&] {
     auto made = std::make_unique<Graph>(*static_cast<Pool *>(pool));
     try {
-      made->graph.capture_begin(made->pool, cudaStreamCaptureModeThreadLocal);
+      made->graph.capture_begin(made->pool.id, cudaStreamCaptureModeThreadLocal);
     } catch (...) {
-      made->abandon();
+      made->abandon(false);
       throw;
     }
     *graph = made.release();
@@ -144,7 +199,7 @@ char *graphs_end(void *graph) {
     try {
       ours->graph.capture_end();
     } catch (...) {
-      ours->abandon();
+      ours->abandon(true);
       throw;
     }
   });
@@ -153,8 +208,7 @@ char *graphs_end(void *graph) {
 char *graphs_replay(void *graph) {
   return guarded([&] {
     auto *ours = static_cast<Graph *>(graph);
-    ours->graph.replay();
-    ours->last = c10::cuda::getCurrentCUDAStream(ours->device);
+    ours->pool.replay(ours->graph);
   });
 }
 
@@ -162,7 +216,7 @@ char *graphs_replay(void *graph) {
 char *graphs_free(void *graph) {
   std::unique_ptr<Graph> ours(static_cast<Graph *>(graph));
   return guarded([&] {
-    if (ours->last) ours->last->synchronize();
+    ours->pool.wait();
     ours.reset();
     c10::cuda::CUDACachingAllocator::emptyCache();
   });

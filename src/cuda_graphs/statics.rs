@@ -22,7 +22,8 @@ fn set(to: &Tensor, timestep: f64) -> Result<()> {
 pub(super) struct Prediction {
     latents: Tensor,
     timestep: Tensor,
-    predicted: Tensor,
+    /// Made by the first pass, of whatever shape its prediction has.
+    predicted: Option<Tensor>,
 }
 
 impl Prediction {
@@ -31,7 +32,7 @@ impl Prediction {
     /// # Errors
     /// libtorch's.
     pub(super) fn new(latents: &Tensor) -> Result<Self> {
-        Ok(Self { latents: copy(latents)?, timestep: timestep_on(latents.device())?, predicted: latents.f_zeros_like()? })
+        Ok(Self { latents: copy(latents)?, timestep: timestep_on(latents.device())?, predicted: None })
     }
 
     /// Whether it was made for latents of this shape.
@@ -53,9 +54,16 @@ impl Prediction {
     ///
     /// # Errors
     /// As there.
-    pub(super) fn predict<D: Capturable>(&self, denoiser: &D, guidance: &Guidance<D::Condition>) -> Result<()> {
+    pub(super) fn predict<D: Capturable>(&mut self, denoiser: &D, guidance: &Guidance<D::Condition>) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        overwrite(&self.predicted, &denoiser.forward_guided_at(&self.latents, &self.timestep, guidance)?)
+        let predicted = denoiser.forward_guided_at(&self.latents, &self.timestep, guidance)?;
+        match &self.predicted {
+            Some(place) => overwrite(place, &predicted),
+            None => {
+                self.predicted = Some(copy(&predicted)?);
+                Ok(())
+            }
+        }
     }
 
     /// In storage of its own.
@@ -63,7 +71,7 @@ impl Prediction {
     /// # Errors
     /// libtorch's.
     pub(super) fn result(&self) -> Result<Tensor> {
-        copy(&self.predicted)
+        self.predicted.as_ref().map_or_else(|| Err(Error::argument("recorder", "did not do the work that it was given")), copy)
     }
 }
 

@@ -28,7 +28,7 @@ impl Capturable for StableDiffusion {
         guided(self, latents, timestep, guidance)
     }
 
-    fn is_capturable(&self, condition: &Condition) -> bool {
+    fn can_capture(&self, condition: &Condition) -> bool {
         condition.controls.is_empty()
     }
 

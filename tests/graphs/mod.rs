@@ -3,9 +3,10 @@
 
 use crate::toy::Toy;
 use attention_distillation::cuda_graphs::{Capturable, Recorder};
-use attention_distillation::{AttentionHook, Denoiser, Error, Result};
+use attention_distillation::{AdLoss, AttentionHook, Denoiser, Error, Features, Loss, References, Result};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 
 /// Does the work some times over before, as a GPU's does to warm up, and counts.
@@ -71,7 +72,20 @@ impl Capturable for Noting {
         self.toy.run_at(latents, timestep, *condition, hook).map_err(Error::denoiser)
     }
 
-    fn is_capturable(&self, condition: &f64) -> bool {
+    fn can_capture(&self, condition: &f64) -> bool {
         self.not.get() != Some(*condition)
+    }
+}
+
+/// Notes where it finds the styles' keys and values, and the content's queries.
+pub struct NotingLoss(pub AdLoss, pub Arc<Mutex<Vec<Vec<usize>>>>);
+
+impl Loss for NotingLoss {
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
+        let layers = references.styles.iter().flat_map(|style| style.of.layers());
+        let content = references.content.iter().flat_map(Features::layers).map(|layer| layer.query.data_ptr() as usize);
+        let places = layers.flat_map(|layer| [&layer.key, &layer.value].map(|tensor| tensor.data_ptr() as usize)).chain(content).collect();
+        self.1.lock().unwrap().push(places);
+        self.0.evaluate(picture, references)
     }
 }
