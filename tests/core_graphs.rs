@@ -7,8 +7,8 @@ mod toy;
 
 use attention_distillation::cuda_graphs::{Capturable, CudaGraphs, GraphedDistiller};
 use attention_distillation::{
-    AdLoss, Adam, AdamConfig, AttentionHook, Denoiser, Distiller, Error, FeatureCache, FeatureExtractor, Features, LabelMap, Loss, Optimizer,
-    References, Result, Style, TotalLoss,
+    AdLoss, Adam, AdamConfig, AttentionHook, Distiller, Error, FeatureCache, FeatureExtractor, Features, LabelMap, Loss, Optimizer, References,
+    Result, Style, TotalLoss,
 };
 use graphs::{Again, Noting, NotingLoss};
 use std::sync::{Arc, Mutex};
@@ -332,9 +332,9 @@ impl Capturable for Toy {
 
 #[cfg(feature = "stable-diffusion")]
 mod networks {
-    use super::{relative, Again, Capturable, Denoiser, Distiller, Error, Kind, References, Tensor};
+    use super::{relative, Again, Capturable, Distiller, Error, Kind, References, Tensor};
     use attention_distillation::stable_diffusion::ControlNet;
-    use attention_distillation::{image, AdLoss, ContentLoss, FeatureRecorder, Loss, StableDiffusion, TotalLoss};
+    use attention_distillation::{image, AdLoss, ContentLoss, Denoiser, FeatureRecorder, Loss, StableDiffusion, TotalLoss};
     use std::path::{Path, PathBuf};
     use tch::Device;
 

@@ -21,7 +21,7 @@ export LD_LIBRARY_PATH OMP_WAIT_POLICY
 draw() {
     name=$1 example=$2
     shift 2
-    "$examples/$example" "$@" --output "$out/$name.png" --sheet "$root/docs/$name.png" >/dev/null 2>&1
+    "$examples/$example" "$@" --output "$out/$name.png" --sheet "$root/docs/$name.png" >/dev/null 2>"$out/$name.log" || { cat "$out/$name.log" >&2; exit 1; }
 }
 
 # judge NAME FLAGS
