@@ -344,7 +344,7 @@ mod networks {
 
     fn open(name: &str) -> StableDiffusion {
         tch::set_num_threads(1);
-        StableDiffusion::open(folder(name), Device::Cpu, Kind::Float).unwrap()
+        StableDiffusion::open(folder(name), Device::Cpu, Kind::Double).unwrap()
     }
 
     fn pictures(model: &StableDiffusion) -> [Tensor; 2] {
@@ -423,7 +423,7 @@ mod networks {
             assert!(graphed.advance().unwrap().is_none());
             let off = relative(&graphed.run().latents, &eager.latents);
             println!("{name}: off by {off:.1e}; losses {losses:?}");
-            // Roundings of f32, where gradients are near 0 turned into steps by Adam; the first step moves all by 0.05.
+            // Networks in f64: roundings of f32 become steps of Adam where gradients are near 0; the first step moves all by 0.05.
             assert!(off < 1e-4, "{name}: {off}");
             assert!(losses.iter().all(|(ours, theirs)| (ours - theirs).abs() < 1e-4 * theirs), "{name}: {losses:?}");
         }
@@ -432,7 +432,7 @@ mod networks {
     #[test]
     fn controls_are_refused() {
         let mut model = open("tests/fixtures/sd15");
-        let net = ControlNet::open(folder("tests/fixtures/controlnet_sd15"), Device::Cpu, Kind::Float).unwrap();
+        let net = ControlNet::open(folder("tests/fixtures/controlnet_sd15"), Device::Cpu, Kind::Double).unwrap();
         let net = model.add_controlnet(net).unwrap();
         let picture = image::load(folder("assets/pictures/content_astronaut.png")).unwrap();
         let control = model.control(net, &image::resize(&picture, (64, 64)).unwrap(), (64, 64)).unwrap();

@@ -360,7 +360,7 @@ mod networks {
 
     fn open(name: &str) -> StableDiffusion {
         tch::set_num_threads(1);
-        StableDiffusion::open(folder(name), Device::Cpu, Kind::Float).unwrap()
+        StableDiffusion::open(folder(name), Device::Cpu, Kind::Double).unwrap()
     }
 
     fn run<'a>(model: &'a StableDiffusion, guidance: Guidance<attention_distillation::stable_diffusion::Condition>) -> Run<'a> {
@@ -377,7 +377,7 @@ mod networks {
         run
     }
 
-    /// Roundings of f32, where gradients are near 0 turned into steps by Adam.
+    /// Networks in f64: roundings of f32 become steps of Adam where gradients are near 0.
     #[track_caller]
     fn assert_the_same(what: &str, run: impl Fn() -> Run<'static>, captures: usize) {
         let recorder = Again::default();
@@ -422,7 +422,7 @@ mod networks {
     #[test]
     fn controls_steer_runs_by_graphs_as_they_do_without() {
         let mut model = open("tests/fixtures/sd15");
-        let net = ControlNet::open(folder("tests/fixtures/controlnet_sd15"), Device::Cpu, Kind::Float).unwrap();
+        let net = ControlNet::open(folder("tests/fixtures/controlnet_sd15"), Device::Cpu, Kind::Double).unwrap();
         let net = model.add_controlnet(net).unwrap();
         let picture = image::load(folder("assets/pictures/content_astronaut.png")).unwrap();
         let control = model.control(net, &image::resize(&picture, (64, 64)).unwrap(), (64, 64)).unwrap();

@@ -127,7 +127,7 @@ fn rings_cover_the_canvas_evenly() {
 #[test]
 fn what_no_view_changes_stays() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     /// Predicts nothing, and steps nowhere.
     struct Still(Ddim);
     impl Scheduler for Still {
@@ -161,7 +161,7 @@ fn what_no_view_changes_stays() {
 #[test]
 fn a_step_around_the_canvas() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let (schedule, start, clean) = (ddim(), latents(5, CANVAS.0, CANVAS.1), references(CANVAS));
     let (index, t, next) = (1, 501.0, 251.0);
     let mut made = vec![];
@@ -207,7 +207,7 @@ fn a_step_around_the_canvas() {
 #[test]
 fn labels_go_around_too() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     // Regions of 3 latents, in a map of two pixels for each; the first and the last column have other labels.
     let striped = |height: i64, width: i64| {
         let row: Vec<i64> = (0..2 * width).map(|x| i64::from(x / 6 % 2 == 1 || x > 2 * width - 3)).collect();
@@ -287,7 +287,7 @@ impl Denoiser for Closing<'_> {
 #[test]
 fn a_seamless_network_is_told_what_is_cut() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     for (canvas, network, asked, ring, within) in [
         // Windows of 8: both sides are cut, one, none.
         ((9, 20), Seamless::Both, Seamless::None, Seamless::Both, Seamless::None),
@@ -337,7 +337,7 @@ fn a_seamless_network_is_told_what_is_cut() {
 #[test]
 fn several_prompts_and_maps_are_refused() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     type Run<'a> = GuidedSampler<Closing<'a>>;
     let advanced = |change: &dyn Fn(&mut Run<'_>)| {
         let mut run = sampler(Closing::new(&toy, Seamless::None), EVEN, windows(Seamless::None));

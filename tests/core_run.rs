@@ -455,7 +455,7 @@ fn latents_of_half_precision_are_optimised_in_f32() {
 #[test]
 fn a_batch_is_its_pictures() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let starts = [latents(1, 6, 8), latents(2, 6, 8)];
     let make = |z: Tensor| Distiller::new(extractor(&toy), times(8), references(), z);
     let batch = || Tensor::cat(&starts, 0);

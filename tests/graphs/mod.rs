@@ -52,7 +52,7 @@ pub struct Noting {
 
 impl Noting {
     pub fn new() -> Self {
-        Self { toy: Toy::new(Kind::Float), by_number: Cell::new(0), places: RefCell::default(), not: Cell::new(None) }
+        Self { toy: Toy::new(Kind::Double), by_number: Cell::new(0), places: RefCell::default(), not: Cell::new(None) }
     }
 }
 
