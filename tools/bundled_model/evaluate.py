@@ -11,7 +11,8 @@ Every content meets several styles, every style several contents; what is counte
 - `patches`, `colours`: sliced Wasserstein distance to the style, of patches over three scales and of colours, relative to that of the
   untouched content: 1 is no style, 0 the style itself;
 - `structure`: MS-SSIM to the content;
-- `textures`: distance of a synthesised texture to its source, relative to that of another crop of the source: 1 is what nature does;
+- `textures`: distance of a synthesised texture to its source, relative to that of another crop of the same picture that is no copy
+  of the source: 1 is what nature does;
 - PSNR of the autoencoder, and errors of the denoising, on held-out tiles.
 
 Pictures that are there already are not made again. Results, pictures and a contact sheet of all lie in work/evaluation/NAME.
@@ -20,6 +21,7 @@ Pictures that are there already are not made again. Results, pictures and a cont
 import argparse
 import json
 import os
+import statistics
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,14 +132,26 @@ def texture(source, other, output):
     return dict(natural=natural, made=made, ratio=made / natural)
 
 
+def two_crops(whole, side=256):
+    """The first corner and the opposite one, or the one beside it where the opposite one is a copy: in textures for games, which are
+    shifted by half their width and height and laid over themselves, it often is."""
+    right, bottom = whole.width - side, whole.height - side
+    first, opposite, beside = (whole.crop((x, y, x + side, y + side)) for x, y in ((0, 0), (right, bottom), (right, 0)))
+    return first, beside if correlation(first, opposite) > 0.8 else opposite
+
+
+def correlation(a, b):
+    a, b = (picture.convert("L").tobytes() for picture in (a, b))
+    return statistics.correlation(a, b)
+
+
 def textures(held, folder, inputs):
     rows = []
     for picture in sorted((held / "texture").glob("*.png"))[: args.textures]:
-        source, other = (inputs / f"crop_{name}_{picture.stem}.png" for name in ("a", "b"))
+        source, other = (inputs / f"quarter_{name}_{picture.stem}.png" for name in ("a", "b"))
         if not other.exists():
-            whole = Image.open(picture).convert("RGB")
-            whole.crop((0, 0, 256, 256)).save(source)
-            whole.crop((whole.width - 256, whole.height - 256, whole.width, whole.height)).save(other)
+            for crop, path in zip(two_crops(Image.open(picture).convert("RGB")), (source, other)):
+                crop.save(path)
         rows.append((source, other, folder / f"texture_{picture.stem}.png"))
     found = each([(row[2].with_suffix(".json"), row) for row in rows], texture)
     if rows:
@@ -176,7 +190,9 @@ def judge():
         found = transfers(held, folder, inputs, side, args.pairs[min(i, len(args.pairs) - 1)])
         result[f"transfers_{side}"] = dict(pairs=len(found), **{name: mean(found, name) for name in ("patches", "colours", "structure")})
     found = textures(held, folder, inputs)
-    result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"))
+    ratios = [f["ratio"] for f in found]
+    median = round(statistics.median(ratios), 3) if ratios else None
+    result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"), median=median, within=sum(ratio <= 1.5 for ratio in ratios))
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1), flush=True)
 
@@ -185,12 +201,14 @@ def table():
     results = [json.loads(path.read_text()) for path in sorted((args.work / "evaluation").glob("*/result.json"))]
     sizes = sorted({name for r in results for name in r if name.startswith("transfers_")}, key=lambda n: int(n.split("_")[1]))
     head = ["model", "PSNR, dB", "v error", "by quarter of t"]
-    head += [f"{what}, {name.split('_')[1]} px" for name in sizes for what in ("patches", "colours", "structure")] + ["textures"]
+    head += [f"{what}, {name.split('_')[1]} px" for name in sizes for what in ("patches", "colours", "structure")]
+    head += ["textures: mean", "median", "within 1.5"]
     print("| " + " | ".join(head) + " |")
     print("|---" + "|--:" * (len(head) - 1) + "|")
     for r in results:
         cells = [r["name"], r.get("psnr", ""), r.get("v", ""), " ".join(map(str, r.get("v_quarters", [])))]
-        cells += [r.get(name, {}).get(what, "") for name in sizes for what in ("patches", "colours", "structure")] + [r["textures"]["ratio"]]
+        cells += [r.get(name, {}).get(what, "") for name in sizes for what in ("patches", "colours", "structure")]
+        cells += [r["textures"].get(what, "") for what in ("ratio", "median", "within")]
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
