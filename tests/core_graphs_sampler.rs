@@ -101,6 +101,39 @@ fn a_run_by_graphs_is_the_same_run() {
     assert_eq!(both(style_alone), (3, 5 * (1 + 1 + 2), 0));
 }
 
+/// A scheduler for networks that predict a variance, too.
+struct Learned(Ddim);
+
+impl Scheduler for Learned {
+    fn timesteps(&self) -> &[f64] {
+        self.0.timesteps()
+    }
+    fn next_timestep(&self, index: usize) -> f64 {
+        self.0.next_timestep(index)
+    }
+    fn add_noise(&self, clean: &Tensor, noise: &Tensor, timestep: f64) -> attention_distillation::Result<Tensor> {
+        self.0.add_noise(clean, noise, timestep)
+    }
+    fn step(&self, index: usize, prediction: &Tensor, latents: &Tensor) -> attention_distillation::Result<Tensor> {
+        let parts = prediction.f_chunk(2, 1)?;
+        let [noise, variance] = parts.as_slice() else { panic!("two parts") };
+        self.0.step(index, &(noise + variance * 0.1), latents)
+    }
+}
+
+#[test]
+fn a_prediction_may_have_more_channels_than_the_latents() {
+    let net = Noting::new();
+    net.variance.set(true);
+    let learned = |run: &mut Run| run.scheduler = Box::new(Learned(Ddim::new(&DdimConfig::default(), 5).unwrap()));
+    assert_eq!(both_on(&net, learned), (4, 5 * (1 + 2 + 2), 0));
+    let windows = |run: &mut Run| {
+        learned(run);
+        run.windows = Some(Windows::new(4, 2).with_batch(2));
+    };
+    assert_eq!(both_on(&net, windows).2, 0);
+}
+
 fn labels(values: [i64; 4]) -> LabelMap {
     LabelMap::new(&Tensor::from_slice(&values).view([1, 1, 1, 4])).unwrap()
 }

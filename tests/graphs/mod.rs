@@ -48,11 +48,17 @@ pub struct Noting {
     pub places: RefCell<Vec<(usize, usize)>>,
     /// Conditions of this number cannot be captured.
     pub not: Cell<Option<f64>>,
+    /// Predicts twice the channels of the latents, as networks do that have learnt a variance.
+    pub variance: Cell<bool>,
 }
 
 impl Noting {
     pub fn new() -> Self {
-        Self { toy: Toy::new(Kind::Double), by_number: Cell::new(0), places: RefCell::default(), not: Cell::new(None) }
+        Self { toy: Toy::new(Kind::Double), by_number: Cell::new(0), places: RefCell::default(), not: Cell::new(None), variance: Cell::default() }
+    }
+
+    fn predicted(&self, noise: Tensor) -> Result<Tensor> {
+        Ok(if self.variance.get() { Tensor::cat(&[&noise, &(&noise * 0.5)], 1) } else { noise })
     }
 }
 
@@ -61,7 +67,7 @@ impl Denoiser for Noting {
 
     fn forward(&self, latents: &Tensor, timestep: f64, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
         self.by_number.set(self.by_number.get() + 1);
-        self.toy.forward(latents, timestep, condition, hook)
+        self.predicted(self.toy.forward(latents, timestep, condition, hook)?)
     }
 }
 
@@ -69,7 +75,7 @@ impl Capturable for Noting {
     fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
         assert_eq!((timestep.size(), timestep.kind()), (vec![1], Kind::Float));
         self.places.borrow_mut().push((latents.data_ptr() as usize, timestep.data_ptr() as usize));
-        self.toy.run_at(latents, timestep, *condition, hook).map_err(Error::denoiser)
+        self.predicted(self.toy.run_at(latents, timestep, *condition, hook).map_err(Error::denoiser)?)
     }
 
     fn can_capture(&self, condition: &f64) -> bool {
