@@ -77,9 +77,9 @@ fn cuda() -> std::result::Result<usize, &'static str> {
 }
 
 fn open_cuda() -> std::result::Result<usize, String> {
-    // Before libtorch is asked for CUDA at all: it looks for it once, and what it then does not find is never there. Where the
-    // library is there already, opening it again does no more than make its symbols visible to all, which the C++ part of CUDA graphs
-    // wants also where a host, such as Python, had opened it for itself alone.
+    // Before libtorch is asked for CUDA at all: it looks for it once, and what it then does not find is never there. Where the library is
+    // open already, this only makes its symbols visible to all: the C++ part of CUDA graphs needs them so also where a host such as
+    // Python opened it for itself alone.
     let opened = open_library();
     // Counting devices throws where CUDA is not registered.
     if !tch::utils::has_cudart() {

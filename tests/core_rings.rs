@@ -127,7 +127,7 @@ fn rings_cover_the_canvas_evenly() {
 #[test]
 fn what_no_view_changes_stays() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     /// Predicts nothing, and steps nowhere.
     struct Still(Ddim);
     impl Scheduler for Still {
@@ -287,7 +287,7 @@ impl Denoiser for Closing<'_> {
 #[test]
 fn a_seamless_network_is_told_what_is_cut() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     for (canvas, network, asked, ring, within) in [
         // Windows of 8: both sides are cut, one, none.
         ((9, 20), Seamless::Both, Seamless::None, Seamless::Both, Seamless::None),
@@ -337,7 +337,7 @@ fn a_seamless_network_is_told_what_is_cut() {
 #[test]
 fn several_prompts_and_maps_are_refused() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     type Run<'a> = GuidedSampler<Closing<'a>>;
     let advanced = |change: &dyn Fn(&mut Run<'_>)| {
         let mut run = sampler(Closing::new(&toy, Seamless::None), EVEN, windows(Seamless::None));

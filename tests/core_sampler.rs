@@ -58,7 +58,7 @@ fn guided(toy: &Toy, z: &Tensor, t: f64, guidance: &Guidance<f64>) -> Tensor {
 #[test]
 fn without_iterations_it_is_plain_sampling() {
     tch::set_num_threads(1);
-    let (toy, schedule, start) = (Toy::new(Kind::Double), ddim(5), latents(5, 6, 8));
+    let (toy, schedule, start) = (Toy::new(Kind::Float), ddim(5), latents(5, 6, 8));
     let mut z = start.copy();
     let drawn = Arc::new(AtomicUsize::new(0));
     let counter = drawn.clone();
@@ -144,7 +144,7 @@ impl Optimizer for Counting {
 #[test]
 fn each_timestep_below_the_start_time_has_a_fresh_optimizer() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let steps = Arc::new(Mutex::new(vec![]));
     let mut run = sampler(&toy, 4).with_optimizer(Counting { steps: steps.clone() });
     (run.adain, run.start_time) = (false, 501.0);
@@ -160,7 +160,7 @@ fn each_timestep_below_the_start_time_has_a_fresh_optimizer() {
 #[test]
 fn it_comes_nearer_to_the_styles_than_plain_sampling() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     // A few runs: each is a chaotic descent, which goes another way on another kind of processor, and comes down to .6 to .8 of
     // plain sampling's distance.
     let apart = |iterations: usize, adain: bool| -> Vec<f64> {
@@ -183,7 +183,7 @@ fn it_comes_nearer_to_the_styles_than_plain_sampling() {
 #[test]
 fn a_step_costs_what_it_must_and_no_more() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let cost = |run: &mut GuidedSampler<&Toy>| {
         let before = toy.forwards.get();
         run.advance().unwrap();
@@ -201,7 +201,7 @@ fn a_step_costs_what_it_must_and_no_more() {
 #[test]
 fn the_same_seed_gives_the_same_picture_and_another_another() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let made = |seed: u64| with_noise(sampler(&toy, 3), Noise::seeded(seed)).finish().unwrap();
     assert_same(&made(1), &made(1));
     assert!(difference(&made(1), &made(2)) > 1e-2);
@@ -210,7 +210,7 @@ fn the_same_seed_gives_the_same_picture_and_another_another() {
 #[test]
 fn an_error_leaves_the_run_where_it_was_and_the_step_is_made_again() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let expected = sampler(&toy, 3).finish().unwrap();
     // A source without a state of its own is rewound as well; it gives what the seeded one gives.
     let custom = || {
@@ -237,7 +237,7 @@ fn an_error_leaves_the_run_where_it_was_and_the_step_is_made_again() {
 #[test]
 fn a_saved_run_goes_on_to_the_same_picture() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let expected = pictures(&mut sampler(&toy, 4));
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("run.safetensors");
@@ -294,7 +294,7 @@ impl Scheduler for Still {
 #[test]
 fn a_scheduler_of_ones_own_keeps_its_latents() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let start = latents(5, 6, 8);
     let still = Still([900.0, 600.0, 300.0]);
     let mut run = GuidedSampler::new(extractor(&toy), still, guidance(), references(), start.shallow_clone(), Noise::seeded(3));
@@ -315,7 +315,7 @@ fn a_scheduler_of_ones_own_keeps_its_latents() {
 #[test]
 fn a_run_may_begin_at_a_later_step() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let schedule = ddim(4);
     let mut run = sampler(&toy, 4);
     run.latents = schedule.add_noise(&latents(11, 6, 8), &latents(12, 6, 8), schedule.timesteps()[2]).unwrap();
@@ -329,7 +329,7 @@ fn a_run_may_begin_at_a_later_step() {
 #[test]
 fn an_edit_takes_the_last_steps_from_the_noised_picture() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let (schedule, picture) = (ddim(8), latents(11, 6, 8));
     for (strength, step) in [(1.0, 0), (0.6, 3), (0.5, 4), (0.01, 7)] {
         let run = sampler(&toy, 8).edited(&picture, strength).unwrap();
@@ -379,7 +379,7 @@ fn several_pictures_at_once_are_each_their_own() {
 #[test]
 fn a_picture_that_is_not_finite_ends_the_run_and_names_the_step() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     for iterations in [0, 2] {
         let mut run = sampler(&toy, 4);
         (run.iterations, run.adain) = (iterations, false);
@@ -397,7 +397,7 @@ fn a_picture_that_is_not_finite_ends_the_run_and_names_the_step() {
 #[test]
 fn bad_settings_are_refused_and_the_run_stays() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let refused = |change: fn(&mut GuidedSampler<&Toy>)| {
         let mut run = sampler(&toy, 4);
         change(&mut run);
@@ -424,7 +424,7 @@ fn bad_settings_are_refused_and_the_run_stays() {
 #[test]
 fn settings_are_taken_over() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let run = sampler(&toy, 4).with_settings(&Settings::text_to_image()).unwrap();
     assert_eq!((run.iterations, run.adain, run.optimizer.config.learning_rate), (3, true, 0.015));
     assert_eq!(run.guidance.scale, 7.5);

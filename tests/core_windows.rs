@@ -145,7 +145,7 @@ fn views_are_within_the_canvas_in_order_and_cover_it() {
 #[test]
 fn one_window_is_no_window() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let expected = steps(&mut sampler_of(&toy, 4, None));
     for per_batch in [false, true] {
         for (size, stride) in [(21, 21), (21, 1), (64, 8), (i64::MAX, i64::MAX)] {
@@ -161,7 +161,7 @@ fn one_window_is_no_window() {
 #[test]
 fn overlapping_views_are_averaged() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let start = latents(5, 4, 11);
     let predicted = |left: i64| {
         let part = start.narrow(3, left, 8);
@@ -243,12 +243,12 @@ fn how_many_views_go_together_does_not_matter() {
         steps(&mut run)
     };
     // Without descents there are roundings alone. With them a few latents, of which a gradient is next to nothing, go another way by
-    // Adam's steps of 0.05, for latents and means of AdaIN are f32 also where the network is f64: measured 4e-4 on average in the
-    // last step, and less before.
-    for (iterations, allowed) in [(0, 1e-6), (2, 3e-3)] {
+    // Adam's steps of 0.05, because latents and AdaIN's means stay f32 where the network is f64: measured 9e-7, 1e-5 and 4e-4 on average
+    // after each step. A column of a view's four that went wrong would be 1e-3 in the first.
+    for (iterations, allowed) in [(0, [1e-6; 3]), (2, [3e-4, 3e-3, 3e-3])] {
         let expected = made(1, iterations);
         for batch in [2, 3, VIEWS, usize::MAX] {
-            for ((found, loss), (wanted, wanted_loss)) in made(batch, iterations).iter().zip(&expected) {
+            for (((found, loss), (wanted, wanted_loss)), allowed) in made(batch, iterations).iter().zip(&expected).zip(allowed) {
                 let apart = number(&(found - wanted).abs().mean(Kind::Double));
                 assert!(apart < allowed, "{batch}: {apart}");
                 assert!((loss.unwrap_or(0.0) - wanted_loss.unwrap_or(0.0)).abs() < 1e-3, "{batch}: {loss:?}, {wanted_loss:?}");
@@ -287,7 +287,7 @@ fn watched(toy: &Toy, windows: Windows, change: impl FnOnce(&mut GuidedSampler<W
 #[test]
 fn passes_and_draws_in_their_order() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let passes = |log: &[String]| log.iter().filter(|entry| !entry.contains('x')).count();
     // Prompt and negative; AdaIN's noise, that of styles and content; styles and content; two iterations.
     let draws = "8x8 4x6 8x8 4x6 6x21";
@@ -311,7 +311,7 @@ fn passes_and_draws_in_their_order() {
 #[test]
 fn no_more_views_than_a_batch_are_on_the_way() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     for batch in 1..=6 {
         let log = watched(&toy, windows().with_batch(batch), |_| ());
         let most = log.iter().filter_map(|entry| entry.parse::<usize>().ok()).max();
@@ -322,7 +322,7 @@ fn no_more_views_than_a_batch_are_on_the_way() {
 #[test]
 fn an_error_leaves_the_run_where_it_was_and_the_step_is_made_again() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let custom = || {
         let mut seeded = Noise::seeded(3);
         Noise::from_fn(move |like| seeded.draw(like))
@@ -356,7 +356,7 @@ fn an_error_leaves_the_run_where_it_was_and_the_step_is_made_again() {
 #[test]
 fn a_saved_run_goes_on_to_the_same_picture() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let windows = windows().with_reference_per_batch(true);
     let expected = sampler(&toy, 4, windows).finish().unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -377,7 +377,7 @@ fn a_saved_run_goes_on_to_the_same_picture() {
 #[test]
 fn a_view_that_is_not_finite_ends_the_run_and_names_the_step() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     for iterations in [0, 2] {
         let mut run = sampler(&toy, 4, windows());
         (run.iterations, run.adain) = (iterations, false);
@@ -395,7 +395,7 @@ fn a_view_that_is_not_finite_ends_the_run_and_names_the_step() {
 #[test]
 fn bad_settings_are_refused_and_the_run_stays() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Double);
+    let toy = Toy::new(Kind::Float);
     let refused = |change: &dyn Fn(&mut GuidedSampler<&Toy>)| {
         let mut run = sampler(&toy, 4, windows());
         change(&mut run);

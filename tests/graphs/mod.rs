@@ -54,7 +54,11 @@ pub struct Noting {
 
 impl Noting {
     pub fn new() -> Self {
-        Self { toy: Toy::new(Kind::Double), by_number: Cell::new(0), places: RefCell::default(), not: Cell::new(None), variance: Cell::default() }
+        Self::of(Kind::Double)
+    }
+
+    pub fn of(kind: Kind) -> Self {
+        Self { toy: Toy::new(kind), by_number: Cell::new(0), places: RefCell::default(), not: Cell::new(None), variance: Cell::default() }
     }
 
     fn predicted(&self, noise: Tensor) -> Result<Tensor> {

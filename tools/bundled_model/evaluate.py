@@ -133,8 +133,10 @@ def texture(source, other, output):
 
 
 def two_crops(whole, side=256):
-    """The first corner and the opposite one, or the one beside it where the opposite one is a copy: in textures for games, which are
-    shifted by half their width and height and laid over themselves, it often is."""
+    """The first quarter and the opposite one, or the one to the right of the first where the opposite one is a copy, as it can be in
+    textures for games, which are shifted by half their width and height and laid over themselves."""
+    if min(whole.size) < 2 * side:
+        raise SystemExit(f"a texture of {whole.width}x{whole.height}: two crops of {side}x{side} want {2 * side}x{2 * side}")
     right, bottom = whole.width - side, whole.height - side
     first, opposite, beside = (whole.crop((x, y, x + side, y + side)) for x, y in ((0, 0), (right, bottom), (right, 0)))
     return first, beside if correlation(first, opposite) > 0.8 else opposite
@@ -153,7 +155,8 @@ def textures(held, folder, inputs):
             for crop, path in zip(two_crops(Image.open(picture).convert("RGB")), (source, other)):
                 crop.save(path)
         rows.append((source, other, folder / f"texture_{picture.stem}.png"))
-    found = each([(row[2].with_suffix(".json"), row) for row in rows], texture)
+    # Of a name that says by what they were judged; earlier ones took copies, too.
+    found = each([(row[2].with_suffix(".quarters.json"), row) for row in rows], texture)
     if rows:
         sheet([(source, output) for source, _, output in rows], folder / "textures.png")
     return found
@@ -184,15 +187,16 @@ def mean(found, name):
 def judge():
     held, folder = HERE / "work/heldout" / args.set, args.work / "evaluation" / args.name
     inputs = args.work / "evaluation" / "inputs"
-    folder.mkdir(parents=True, exist_ok=True)
+    for made in (folder, inputs):
+        made.mkdir(parents=True, exist_ok=True)
     result = dict(name=args.name, set=args.set, flags=args.flags, texture_flags=args.texture_flags, **({} if args.no_networks else networks()))
     for i, side in enumerate(args.sizes):
         found = transfers(held, folder, inputs, side, args.pairs[min(i, len(args.pairs) - 1)])
         result[f"transfers_{side}"] = dict(pairs=len(found), **{name: mean(found, name) for name in ("patches", "colours", "structure")})
     found = textures(held, folder, inputs)
     ratios = [f["ratio"] for f in found]
-    median = round(statistics.median(ratios), 3) if ratios else None
-    result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"), median=median, within=sum(ratio <= 1.5 for ratio in ratios))
+    median, within = (round(statistics.median(ratios), 3), sum(ratio <= 1.5 for ratio in ratios)) if ratios else (None, None)
+    result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"), median=median, within=within)
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1), flush=True)
 
@@ -208,7 +212,10 @@ def table():
     for r in results:
         cells = [r["name"], r.get("psnr", ""), r.get("v", ""), " ".join(map(str, r.get("v_quarters", [])))]
         cells += [r.get(name, {}).get(what, "") for name in sizes for what in ("patches", "colours", "structure")]
-        cells += [r["textures"].get(what, "") for what in ("ratio", "median", "within")]
+        textures = r["textures"]
+        # Results without a median are of an earlier way to judge.
+        judged = textures.get("median") is not None
+        cells += [textures["ratio"], textures["median"], f"{textures['within']} of {textures['count']}"] if judged else [""] * 3
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
