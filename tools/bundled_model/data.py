@@ -54,12 +54,13 @@ class Tiles:
     def tile(self, at):
         return self.arrays[at[0]][at[1]]
 
-    def crops(self, count, side, rng):
-        """`count` crops, `(count, 3, side, side)` in -1..1, at the scales 1, 1/2 and 1/3 as far as tiles reach."""
+    def crops(self, count, side, rng, recolour=0.3, scales=(1, 1, 1, 2, 2, 3)):
+        """`count` crops, `(count, 3, side, side)` in -1..1, made smaller by one of `scales` as far as tiles reach, the share `recolour` of them
+        with another palette."""
         out = np.empty((count, side, side, 3), np.float32)
         for i in range(count):
             tile = self.tile(self.train[np.searchsorted(self.upto, rng.random())])
-            scale = rng.choice([s for s in (1, 1, 1, 2, 2, 3) if s * side <= SIDE])
+            scale = rng.choice([s for s in scales if s * side <= SIDE])
             span = scale * side
             y, x = rng.integers(0, SIDE - span + 1, 2)
             crop = tile[y : y + span, x : x + span].astype(np.float32)
@@ -69,7 +70,7 @@ class Tiles:
                 crop = crop[:, ::-1]
             if rng.random() < 0.1:
                 crop = np.rot90(crop, rng.integers(1, 4))
-            if rng.random() < 0.3:
+            if rng.random() < recolour:
                 crop = recoloured(crop, rng)
             out[i] = crop
         return torch.from_numpy(out).permute(0, 3, 1, 2).div(127.5).sub(1).contiguous()

@@ -25,6 +25,8 @@ parser.add_argument("--min-snr", type=float, metavar="GAMMA", help="losses weigh
 parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
 parser.add_argument("--attention-width", type=float, default=2.0, help="factor on the first weights of queries and keys")
 parser.add_argument("--batch", type=float, default=1.0, help="factor on the batch size, which is for two cores")
+parser.add_argument("--recolour", type=float, default=0.3, metavar="SHARE", help="of crops that get another palette")
+parser.add_argument("--scales", type=int, nargs="+", default=(1, 1, 1, 2, 2, 3), help="crops are made smaller by one of these")
 parser.add_argument("--start", type=Path, metavar="FOLDER", help="a trained U-Net to start from, in diffusers layout, in place of random weights")
 parser.add_argument("--name", default="unet")
 args = parser.parse_args()
@@ -72,7 +74,7 @@ def crops_of(step, rng):
     # Cheap sizes for the first 40 % of a run from nothing, then the sizes that the model is used at.
     odds = EARLY if step < 0.4 * args.steps and not args.start else LATE
     side, count = SIZES[rng.choice(len(SIZES), p=odds)]
-    return tiles.crops(max(1, round(count * args.batch)), 4 * side, rng)
+    return tiles.crops(max(1, round(count * args.batch)), 4 * side, rng, args.recolour, args.scales)
 
 
 def loss_of(run, pictures):
