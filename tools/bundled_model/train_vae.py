@@ -94,13 +94,15 @@ def some(count, generator):
 
 
 def weave(z, generator):
-    """A random direction of the channels, stronger here and weaker there."""
+    """A random direction of the channels, stronger here and weaker there, whose sign changes along rows, along columns, or both."""
     count, channels, height, width = z.shape
-    sign = 1.0 - 2.0 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
+    y, x = torch.arange(height)[:, None], torch.arange(width)
+    signs = 1.0 - 2.0 * (torch.stack([y + x, y + 0 * x, 0 * y + x]) % 2).to(args.device)
+    which = torch.randint(0, len(signs), (count,), device=args.device, generator=generator)
     strength = torch.randn(count, 1, 4, 4, device=args.device, generator=generator)
     strength = F.interpolate(strength, size=(height, width), mode="bicubic", align_corners=False)
     direction = F.normalize(torch.randn(count, channels, 1, 1, device=args.device, generator=generator), dim=1)
-    return strength * direction * sign.to(args.device)
+    return strength * direction * signs[which, None]
 
 
 def loss_of(run, x):
