@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Puts a trained model together in f16, ready to ship.
 
-    python3 export.py --output ../../assets/mini      # from work/unet, work/vae, work/scheduler
+    python3 export.py --output ../../assets/mini      # from work/unet, work/weave (work/vae where there is none), work/scheduler
     python3 export.py --output ../../assets/mini --unet work/longer --vae ../../assets/mini/vae      # with another U-Net, and the decoder that is there
     python3 export.py --random --output work/random   # the control: the same autoencoder, a U-Net of random weights
 
@@ -15,18 +15,29 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
+from training import trained
+
 HERE = Path(__file__).resolve().parent
 LIMIT = 9_500_000
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--output", type=Path, required=True)
 parser.add_argument("--random", action="store_true")
 parser.add_argument("--work", type=Path, default=HERE / "work")
-parser.add_argument("--unet", type=Path, help="default: that of the working folder")
-parser.add_argument("--vae", type=Path, help="likewise")
+parser.add_argument("--unet", type=trained, help="default: that of the working folder")
+parser.add_argument("--vae", type=trained, help="likewise")
 args = parser.parse_args()
 
-vae = AutoencoderKL.from_pretrained(args.vae or args.work / "vae", torch_dtype=torch.float32)
-unet = UNet2DConditionModel.from_pretrained(args.unet or args.work / "unet", torch_dtype=torch.float32)
+
+def of_work(*names):
+    """The first of these folders that has been trained."""
+    found = [args.work / name for name in names if (args.work / name).exists()]
+    if not found:
+        raise SystemExit(f"no {' nor '.join(names)} in {args.work}: train it first, or name a folder")
+    return found[0]
+
+
+vae = AutoencoderKL.from_pretrained(args.vae or of_work("weave", "vae"), torch_dtype=torch.float32)
+unet = UNet2DConditionModel.from_pretrained(args.unet or of_work("unet"), torch_dtype=torch.float32)
 if args.random:
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(unet.config)

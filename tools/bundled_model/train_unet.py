@@ -9,15 +9,13 @@ almost nothing to learn, it asks for the picture, which is where features of str
 since attention that is uniform at the start stays so for long.
 """
 
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from data import HERE, Tiles
 from denoising import Denoising, scheduler
 from optim import Muon
-from training import Run, flags
+from training import Run, flags, trained
 
 parser = flags(__doc__, steps=10000, cooldown=3000, lr=2e-3, work=HERE / "work")
 parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
@@ -27,9 +25,11 @@ parser.add_argument("--attention-width", type=float, default=2.0, help="factor o
 parser.add_argument("--batch", type=float, default=1.0, help="factor on the batch size, which is for two cores")
 parser.add_argument("--recolour", type=float, default=0.3, metavar="SHARE", help="of crops that get another palette")
 parser.add_argument("--scales", type=int, nargs="+", default=(1, 1, 1, 2, 2, 3), help="crops are made smaller by one of these")
-parser.add_argument("--start", type=Path, metavar="FOLDER", help="a trained U-Net to start from, in diffusers layout, in place of random weights")
+parser.add_argument("--start", type=trained, metavar="FOLDER", help="a trained U-Net to start from, in diffusers layout, in place of random weights")
 parser.add_argument("--name", default="unet")
 args = parser.parse_args()
+if 1 not in args.scales or min(args.scales) < 1:
+    parser.error("--scales: 1 must be among them, for the largest crops are as large as tiles allow, and none below it")
 torch.set_num_threads(args.threads)
 torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
 

@@ -26,6 +26,13 @@ def flags(doc, steps, cooldown, lr, work):
     return parser
 
 
+def trained(text):
+    """A folder of a network, as an argument: without this diffusers would take one that is not there for a name to fetch."""
+    if not (Path(text) / "config.json").exists():
+        raise argparse.ArgumentTypeError(f"no network in {text}")
+    return Path(text)
+
+
 class Run:
     """A training run of `steps` steps, the last `cooldown` of which lower the learning rate to nothing.
 
