@@ -30,6 +30,8 @@ parser.add_argument("--weaves", nargs="+", choices=WEAVES, default=["diagonal"],
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="an autoencoder to start from, in diffusers layout")
 parser.add_argument("--name", default="vae")
 args = parser.parse_args()
+if args.init and args.start:
+    parser.error("--init writes a start of its own, --start takes one that is there")
 torch.set_num_threads(args.threads)
 
 tiles = Tiles(args.work)
