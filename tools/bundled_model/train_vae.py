@@ -4,19 +4,23 @@
     python3 train_vae.py --init               # work/vae_init: the linear code, enough for train_unet.py to begin
     python3 train_vae.py [--device cuda]      # work/vae: goes on where it was stopped
     python3 train_vae.py --start work/vae --name weave --weave 1.2 --lr 5e-4 --steps 1600 --cooldown 1600     # a decoder that is there, trained on
+    python3 train_vae.py --start work/weave --name excess --excess 4 --weave 1.2 --weaves diagonal rows columns --lr 5e-4 --steps 1600 --cooldown 1600
 
 The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
 noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
 With `--weave` three fifths of them also get what the optimisation adds where pictures are flat: one pattern of the channels, whose sign
 changes from each latent to the next, along both axes (a checkerboard, which is by far the strongest in results) or, if asked for, along one.
+With `--excess` three fifths also get a part of what transfers have left in latents (`optimised.py`, `excess.py`): the same patterns as they are.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 import autoencoder
 from data import HERE, Tiles
+from excess import excess
 from optim import Muon
 from training import Run, flags, trained
 
@@ -27,18 +31,19 @@ parser.add_argument("--noise", type=float, default=0.4, help="largest deviation 
 parser.add_argument("--random-weight", type=float, default=0.1, help="weight of the loss on random features")
 parser.add_argument("--weave", type=float, default=0.0, help="largest deviation of the weave; 0 is none")
 parser.add_argument("--weaves", nargs="+", choices=WEAVES, default=["diagonal"], help="which of them, one for each picture")
+parser.add_argument("--excess", type=float, default=0.0, help="largest factor of what transfers leave in latents (work/optimised.pt); 0 is none")
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="an autoencoder to start from, in diffusers layout")
 parser.add_argument("--name", default="vae")
 args = parser.parse_args()
 if args.init and args.start:
     parser.error("--init writes a start of its own, --start takes one that is there")
+if args.excess and not (args.work / "optimised.pt").exists():
+    parser.error(f"no {args.work / 'optimised.pt'}: run optimised.py first")
 torch.set_num_threads(args.threads)
 
 tiles = Tiles(args.work)
 start = args.start or args.work / "vae_init"
 if args.init or (not args.start and not start.exists()):
-    import numpy as np
-
     vae = autoencoder.build(tiles.crops(600, 128, np.random.default_rng(args.seed)), args.seed)
     vae.save_pretrained(start)
     print(f"linear start: {autoencoder.psnr(vae.eval(), tiles.held_out(256)):.2f} dB on held-out pictures")
@@ -84,6 +89,17 @@ def distance(x, y):
     return loss
 
 
+@torch.no_grad()
+def surplus():
+    """What some transfers have added to latents."""
+    crops = (tiles.crops(50, 192, np.random.default_rng((args.seed, i))) for i in range(8))
+    natural = torch.cat([vae.encode(x.to(args.device)).latent_dist.mean for x in crops])
+    return excess(torch.load(args.work / "optimised.pt")["latents"].cpu() / vae.config.scaling_factor, natural.cpu()).to(args.device)
+
+
+added = surplus() if args.excess else None
+
+
 def crops_of(step, rng):
     side, count = (64, 16) if step < 0.7 * args.steps else (128, 4)
     return tiles.crops(count, side, rng)
@@ -109,6 +125,21 @@ def weave(z, generator):
     return strength * direction * signs[which, None]
 
 
+def optimised(z, generator):
+    """A part of what a transfer has added to some picture's latents, turned, mirrored and of either sign."""
+
+    def draw(n):
+        return int(torch.randint(0, n, (1,), device=args.device, generator=generator))
+
+    side, parts = z.shape[-1], []
+    for _ in range(len(z)):
+        part = added[draw(len(added))]
+        y, x = (draw(part.shape[-1] - side + 1) for _ in range(2))
+        part = part[:, y : y + side, x : x + side].rot90(draw(4), (1, 2))
+        parts.append((part, part.mT, -part, -part.mT)[draw(4)])
+    return torch.stack(parts)
+
+
 def loss_of(run, x):
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mean
@@ -116,6 +147,8 @@ def loss_of(run, x):
         z = z + amount * torch.randn(z.shape, device=args.device, generator=run.generator)
         if args.weave:
             z = z + args.weave * some(len(x), run.generator) * weave(z, run.generator)
+        if args.excess:
+            z = z + args.excess * some(len(x), run.generator) * optimised(z, run.generator)
     return distance(x, vae.decode(z).sample)
 
 
