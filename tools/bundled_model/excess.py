@@ -5,6 +5,11 @@ import torch
 WINDOW = 32
 
 
+def probe():
+    """A picture in 0..1 by whose code two encoders are told apart."""
+    return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
 def windows(latents):
     """Spectra of half-overlapping, tapered windows: `(count, channels, 32, 32)`. The sides are to be multiples of half a window."""
     step = WINDOW // 2
@@ -22,7 +27,7 @@ def covariances(latents):
 def excess(optimised, natural, margin=1.5):
     """The part of `optimised` latents that `natural` ones do not account for, both `(count, channels, height, width)`.
 
-    Were optimised latents natural ones plus something of its own, the best linear guess at that something would be, at each frequency, what
+    Were optimised latents natural ones plus something of their own, the best linear guess at that something would be, at each frequency, what
     Wiener's filter finds by the covariances of the channels: `(C_optimised - C_natural) C_optimised^-1`, the difference kept where it is positive.
     Natural ones count `margin` times, for those of few pictures differ by chance, and a style is allowed to be rougher than the mean picture.
     """

@@ -10,7 +10,8 @@ The noise is what makes transferred pictures clean: Adam leaves a pattern in the
 noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
 With `--weave` three fifths of them also get what the optimisation adds where pictures are flat: one pattern of the channels, whose sign
 changes from each latent to the next, along both axes (a checkerboard, which is by far the strongest in results) or, if asked for, along one.
-With `--excess` three fifths also get a part of what transfers have left in latents (`optimised.py`, `excess.py`): the same patterns as they are.
+With `--excess` three fifths also get a part of what transfers have left in latents (`optimised.py`, `excess.py`): the patterns themselves, turned
+and mirrored, as there are few of them, and by more than they were, as some pictures have more than those few.
 """
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffusers import AutoencoderKL
 
 import autoencoder
 from data import HERE, Tiles
-from excess import excess
+from excess import excess, probe
 from optim import Muon
 from training import Run, flags, trained
 
@@ -37,8 +38,6 @@ parser.add_argument("--name", default="vae")
 args = parser.parse_args()
 if args.init and args.start:
     parser.error("--init writes a start of its own, --start takes one that is there")
-if args.excess and not (args.work / "optimised.pt").exists():
-    parser.error(f"no {args.work / 'optimised.pt'}: run optimised.py first")
 torch.set_num_threads(args.threads)
 
 tiles = Tiles(args.work)
@@ -92,9 +91,18 @@ def distance(x, y):
 @torch.no_grad()
 def surplus():
     """What some transfers have added to latents."""
+    path = args.work / "optimised.pt"
+    if not path.exists():
+        raise SystemExit(f"no {path}: run optimised.py first")
+    found = torch.load(path)
+    if len(found["latents"]) < found["count"]:  # the fewer, the more of them would be taken for excess by chance
+        raise SystemExit(f"{path} has {len(found['latents'])} of {found['count']} pictures: run optimised.py again")
+    code = vae.encode(probe().to(args.device) * 2 - 1).latent_dist.mean * vae.config.scaling_factor
+    if not torch.allclose(found["code"], code.cpu(), atol=0.05):  # f16 moves it by less
+        raise SystemExit(f"{path} has the latents of another encoder: run optimised.py with a model of this one")
     crops = (tiles.crops(50, 192, np.random.default_rng((args.seed, i))) for i in range(8))
     natural = torch.cat([vae.encode(x.to(args.device)).latent_dist.mean for x in crops])
-    return excess(torch.load(args.work / "optimised.pt")["latents"].cpu() / vae.config.scaling_factor, natural.cpu()).to(args.device)
+    return excess(found["latents"] / vae.config.scaling_factor, natural.cpu()).to(args.device)
 
 
 added = surplus() if args.excess else None
@@ -128,7 +136,7 @@ def weave(z, generator):
 def optimised(z, generator):
     """A part of what a transfer has added to some picture's latents, turned, mirrored and of either sign."""
 
-    def draw(n):
+    def draw(n):  # on a GPU each is waited for, some milliseconds a step in all
         return int(torch.randint(0, n, (1,), device=args.device, generator=generator))
 
     side, parts = z.shape[-1], []
