@@ -6,12 +6,14 @@
 
 Its features are what attention distillation lives on. Hence v-prediction (Salimans & Ho 2022): at high noise, where noise prediction has
 almost nothing to learn, it asks for the picture, which is where features of structure come from. Queries and keys start wider than usual,
-since attention that is uniform at the start stays so for long.
+since attention that is uniform at the start stays so for long. Downsampling is kept balanced (`balanced.py`): transfers descend by the
+network's gradient, which has a pattern of single latents otherwise.
 """
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from balanced import balance, imbalance
 from data import HERE, Tiles
 from denoising import Denoising, scheduler
 from optim import Muon
@@ -22,6 +24,7 @@ parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default
 parser.add_argument("--min-snr", type=float, metavar="GAMMA", help="losses weighted by min-SNR, such as 5")
 parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
 parser.add_argument("--attention-width", type=float, default=2.0, help="factor on the first weights of queries and keys")
+parser.add_argument("--unbalanced", action="store_true", help="downsampling as it comes, which leaves a weave in transfers")
 parser.add_argument("--batch", type=float, default=1.0, help="factor on the batch size, which is for two cores")
 parser.add_argument("--recolour", type=float, default=0.3, metavar="SHARE", help="of crops that get another palette")
 parser.add_argument("--scales", type=int, nargs="+", default=(1, 1, 1, 2, 2, 3), help="crops are made smaller by one of these")
@@ -61,6 +64,9 @@ else:
             if "attn1.to_q" in name or "attn1.to_k" in name:
                 weight.mul_(args.attention_width)
 unet = unet.to(args.device).train()
+if not args.unbalanced:
+    print(f"downsampling is off balance by {imbalance(unet):.3f} of its weights' size: balanced now, and after each step")
+    balance(unet)
 denoising = Denoising(unet, args.prediction, args.device, args.min_snr)
 tiles = Tiles(args.work)
 
@@ -88,6 +94,8 @@ if args.optimizer == "muon":
     optimizer = Muon(unet, args.lr)
 else:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+if not args.unbalanced:
+    optimizer.register_step_post_hook(lambda *_: balance(unet))
 run = Run(args.work / f"{args.name}_run", unet, optimizer, args)
 done = run.go(crops_of, loss_of, lambda _: denoising.held_out(held_out))
 run.averaged(lambda _: unet.save_pretrained(args.work / args.name))

@@ -3,13 +3,10 @@
 
     python3 train_vae.py --init               # work/vae_init: the linear code, enough for train_unet.py to begin
     python3 train_vae.py [--device cuda]      # work/vae: goes on where it was stopped
-    python3 train_vae.py --start work/vae --name weave --weave 1.2 --lr 5e-4 --steps 1600 --cooldown 1600     # a decoder that is there, trained on
-    python3 train_vae.py --start work/weave --name excess --excess 4 --weave 1.2 --weaves diagonal rows columns --lr 5e-4 --steps 1600 --cooldown 1600
+    python3 train_vae.py --start work/vae --name excess --excess 4 --lr 5e-4 --steps 1600 --cooldown 1600     # a decoder that is there, trained on
 
 The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
 noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
-With `--weave` three fifths of them also get what the optimisation adds where pictures are flat: one pattern of the channels, whose sign
-changes from each latent to the next, along both axes (a checkerboard, which is by far the strongest in results) or, if asked for, along one.
 With `--excess` three fifths also get a part of what transfers have left in latents (`optimised.py`, `excess.py`): the patterns themselves, turned
 and mirrored, as there are few of them, and by more than they were, as some pictures have more than those few.
 """
@@ -25,13 +22,10 @@ from excess import excess, probe
 from optim import Muon
 from training import Run, flags, trained
 
-WEAVES = ("diagonal", "rows", "columns")
 parser = flags(__doc__, steps=6000, cooldown=2400, lr=1.5e-3, work=HERE / "work")
 parser.add_argument("--init", action="store_true", help="only write the linear start")
 parser.add_argument("--noise", type=float, default=0.4, help="largest deviation of the noise on latents, whose own is 1")
 parser.add_argument("--random-weight", type=float, default=0.1, help="weight of the loss on random features")
-parser.add_argument("--weave", type=float, default=0.0, help="largest deviation of the weave; 0 is none")
-parser.add_argument("--weaves", nargs="+", choices=WEAVES, default=["diagonal"], help="which of them, one for each picture")
 parser.add_argument("--excess", type=float, default=0.0, help="largest factor of what transfers leave in latents (work/optimised.pt); 0 is none")
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="an autoencoder to start from, in diffusers layout")
 parser.add_argument("--name", default="vae")
@@ -119,20 +113,6 @@ def some(count, generator):
     return amount * (torch.rand(amount.shape, device=args.device, generator=generator) < 0.6)
 
 
-def weave(z, generator):
-    """A random direction of the channels, stronger here and weaker there, whose sign changes from row to row, from column to column, or both."""
-    count, channels, height, width = z.shape
-    y, x = torch.arange(height)[:, None].expand(-1, width), torch.arange(width).expand(height, -1)
-    odd = dict(zip(WEAVES, (y + x, y, x)))
-    signs = 1.0 - 2.0 * (torch.stack([odd[name] for name in args.weaves]) % 2).to(args.device)
-    # One alone takes no draw.
-    which = torch.randint(0, len(signs), (count,), device=args.device, generator=generator) if len(signs) > 1 else torch.zeros(count, dtype=torch.long)
-    strength = torch.randn(count, 1, 4, 4, device=args.device, generator=generator)
-    strength = F.interpolate(strength, size=(height, width), mode="bicubic", align_corners=False)
-    direction = F.normalize(torch.randn(count, channels, 1, 1, device=args.device, generator=generator), dim=1)
-    return strength * direction * signs[which, None]
-
-
 def optimised(z, generator):
     """A part of what a transfer has added to some picture's latents, turned, mirrored and of either sign."""
 
@@ -153,8 +133,6 @@ def loss_of(run, x):
         z = vae.encode(x).latent_dist.mean
         amount = 0.02 + args.noise * some(len(x), run.generator)
         z = z + amount * torch.randn(z.shape, device=args.device, generator=run.generator)
-        if args.weave:
-            z = z + args.weave * some(len(x), run.generator) * weave(z, run.generator)
         if args.excess:
             z = z + args.excess * some(len(x), run.generator) * optimised(z, run.generator)
     return distance(x, vae.decode(z).sample)
