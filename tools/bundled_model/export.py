@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Puts a trained model together in f16, ready to ship.
 
-    python3 export.py --output ../../assets/mini      # from work/unet, work/scheduler and the decoder that was trained furthest: work/excess or vae
+    python3 export.py --output ../../assets/mini      # from work/unet, work/scheduler and the decoder that was trained furthest: work/drift or vae
     python3 export.py --output ../../assets/mini --unet work/longer --vae ../../assets/mini/vae      # with another U-Net, and the decoder that is there
     python3 export.py --random --output work/random   # the control: the same autoencoder, a U-Net of random weights
 
@@ -36,7 +36,7 @@ def of_work(*names):
     return found[0]
 
 
-vae = AutoencoderKL.from_pretrained(args.vae or of_work("excess", "vae"), torch_dtype=torch.float32)
+vae = AutoencoderKL.from_pretrained(args.vae or of_work("drift", "vae"), torch_dtype=torch.float32)
 unet = UNet2DConditionModel.from_pretrained(args.unet or of_work("unet"), torch_dtype=torch.float32)
 if args.random:
     torch.manual_seed(0)

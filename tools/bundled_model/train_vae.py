@@ -3,12 +3,12 @@
 
     python3 train_vae.py --init               # work/vae_init: the linear code, enough for train_unet.py to begin
     python3 train_vae.py [--device cuda]      # work/vae: goes on where it was stopped
-    python3 train_vae.py --start work/vae --name excess --excess 4 --lr 5e-4 --steps 1600 --cooldown 1600     # a decoder that is there, trained on
+    python3 train_vae.py --start work/vae --name drift --drift 1 --lr 5e-4 --steps 1600 --cooldown 1600     # a decoder that is there, trained on
 
 The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
 noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
-With `--excess` three fifths also get a part of what transfers have left in latents (`optimised.py`, `excess.py`): the patterns themselves, turned
-and mirrored, as there are few of them, and by more than they were, as some pictures have more than those few.
+With `--drift` three fifths also get smooth fields in those directions of the channels that say nothing where a picture is smooth: transfers
+leave such, and a decoder that takes them at their word draws one and the same block over and over, a grid of 4 pixels.
 """
 
 import numpy as np
@@ -18,7 +18,6 @@ from diffusers import AutoencoderKL
 
 import autoencoder
 from data import HERE, Tiles
-from excess import excess, probe
 from optim import Muon
 from training import Run, flags, trained
 
@@ -26,7 +25,7 @@ parser = flags(__doc__, steps=6000, cooldown=2400, lr=1.5e-3, work=HERE / "work"
 parser.add_argument("--init", action="store_true", help="only write the linear start")
 parser.add_argument("--noise", type=float, default=0.4, help="largest deviation of the noise on latents, whose own is 1")
 parser.add_argument("--random-weight", type=float, default=0.1, help="weight of the loss on random features")
-parser.add_argument("--excess", type=float, default=0.0, help="largest factor of what transfers leave in latents (work/optimised.pt); 0 is none")
+parser.add_argument("--drift", type=float, default=0.0, help="largest deviation of smooth drifts of the latents in directions that say nothing where pictures are smooth; 0 is none")
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="an autoencoder to start from, in diffusers layout")
 parser.add_argument("--name", default="vae")
 args = parser.parse_args()
@@ -83,23 +82,15 @@ def distance(x, y):
 
 
 @torch.no_grad()
-def surplus():
-    """What some transfers have added to latents."""
-    path = args.work / "optimised.pt"
-    if not path.exists():
-        raise SystemExit(f"no {path}: run optimised.py first")
-    found = torch.load(path)
-    if len(found["latents"]) < found["count"]:  # the fewer, the more of them would be taken for excess by chance
-        raise SystemExit(f"{path} has {len(found['latents'])} of {found['count']} pictures: run optimised.py again")
-    code = vae.encode(probe().to(args.device) * 2 - 1).latent_dist.mean * vae.config.scaling_factor
-    if not torch.allclose(found["code"], code.cpu(), atol=0.05):  # f16 moves it by less
-        raise SystemExit(f"{path} has the latents of another encoder: run optimised.py with a model of this one")
-    crops = (tiles.crops(50, 192, np.random.default_rng((args.seed, i))) for i in range(8))
-    natural = torch.cat([vae.encode(x.to(args.device)).latent_dist.mean for x in crops])
-    return excess(found["latents"] / vae.config.scaling_factor, natural.cpu()).to(args.device)
+def silent():
+    """Directions of the channels, `(5, 8)`, in which natural latents are next to nothing where they are smooth: all but the three of colour."""
+    crops = (tiles.crops(50, 128, np.random.default_rng((args.seed, i))) for i in range(8))
+    smooth = torch.cat([F.avg_pool2d(vae.encode(x.to(args.device)).latent_dist.mean, 8) for x in crops]).transpose(0, 1).flatten(1)
+    _, vectors = torch.linalg.eigh(smooth @ smooth.T)
+    return vectors[:, :-3].T
 
 
-added = surplus() if args.excess else None
+directions = silent() if args.drift else None
 
 
 def crops_of(step, rng):
@@ -113,19 +104,12 @@ def some(count, generator):
     return amount * (torch.rand(amount.shape, device=args.device, generator=generator) < 0.6)
 
 
-def optimised(z, generator):
-    """A part of what a transfer has added to some picture's latents, turned, mirrored and of either sign."""
-
-    def draw(n):  # on a GPU each is waited for, some milliseconds a step in all
-        return int(torch.randint(0, n, (1,), device=args.device, generator=generator))
-
-    side, parts = z.shape[-1], []
-    for _ in range(len(z)):
-        part = added[draw(len(added))]
-        y, x = (draw(part.shape[-1] - side + 1) for _ in range(2))
-        part = part[:, y : y + side, x : x + side].rot90(draw(4), (1, 2))
-        parts.append((part, part.mT, -part, -part.mT)[draw(4)])
-    return torch.stack(parts)
+def drift(z, generator):
+    """A smooth field in each of the silent directions."""
+    cells = int(torch.randint(2, z.shape[-1] // 4 + 1, (1,), device=args.device, generator=generator))
+    fields = torch.randn(len(z), len(directions), cells, cells, device=args.device, generator=generator)
+    fields = F.interpolate(fields, size=z.shape[2:], mode="bicubic", align_corners=False)
+    return torch.einsum("ndyx,dc->ncyx", fields, directions)
 
 
 def loss_of(run, x):
@@ -133,8 +117,8 @@ def loss_of(run, x):
         z = vae.encode(x).latent_dist.mean
         amount = 0.02 + args.noise * some(len(x), run.generator)
         z = z + amount * torch.randn(z.shape, device=args.device, generator=run.generator)
-        if args.excess:
-            z = z + args.excess * some(len(x), run.generator) * optimised(z, run.generator)
+        if args.drift:
+            z = z + args.drift * some(len(x), run.generator) * drift(z, run.generator)
     return distance(x, vae.decode(z).sample)
 
 
