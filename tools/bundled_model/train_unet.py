@@ -64,9 +64,6 @@ else:
             if "attn1.to_q" in name or "attn1.to_k" in name:
                 weight.mul_(args.attention_width)
 unet = unet.to(args.device).train()
-if not args.unbalanced:
-    print(f"downsampling is off balance by {imbalance(unet):.3f} of its weights' size: balanced now, and after each step")
-    balance(unet)
 denoising = Denoising(unet, args.prediction, args.device, args.min_snr)
 tiles = Tiles(args.work)
 
@@ -94,10 +91,22 @@ if args.optimizer == "muon":
     optimizer = Muon(unet, args.lr)
 else:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-if not args.unbalanced:
-    optimizer.register_step_post_hook(lambda *_: balance(unet))
 run = Run(args.work / f"{args.name}_run", unet, optimizer, args)
+if not args.unbalanced:
+    # Whatever was read, new weights or a state; one that is balanced goes on as it was, to the bit.
+    if (off := imbalance(unet)) > 1e-3:
+        run.say(f"downsampling was off balance by {off:.2f} of its weights' size and is balanced from here on")
+        balance(unet)
+    optimizer.register_step_post_hook(lambda *_: balance(unet))
 done = run.go(crops_of, loss_of, lambda _: denoising.held_out(held_out))
-run.averaged(lambda _: unet.save_pretrained(args.work / args.name))
+
+
+def save(_):
+    if not args.unbalanced:
+        balance(unet)  # an average over steps before they were balanced is not
+    unet.save_pretrained(args.work / args.name)
+
+
+run.averaged(save)
 scheduler(args.prediction).save_pretrained(args.work / "scheduler")
 print("done" if done else "stopped; the same command goes on")

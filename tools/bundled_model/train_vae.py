@@ -7,7 +7,7 @@
 
 The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
 noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
-With `--drift` three fifths also get smooth fields in those directions of the channels that say nothing where a picture is smooth: transfers
+With `--drift` three fifths also get smooth fields in those directions of the channels that say little where a picture is smooth: transfers
 leave such, and a decoder that takes them at their word draws one and the same block over and over, a grid of 4 pixels.
 """
 
@@ -25,7 +25,7 @@ parser = flags(__doc__, steps=6000, cooldown=2400, lr=1.5e-3, work=HERE / "work"
 parser.add_argument("--init", action="store_true", help="only write the linear start")
 parser.add_argument("--noise", type=float, default=0.4, help="largest deviation of the noise on latents, whose own is 1")
 parser.add_argument("--random-weight", type=float, default=0.1, help="weight of the loss on random features")
-parser.add_argument("--drift", type=float, default=0.0, help="largest deviation of smooth drifts of the latents in directions that say nothing where pictures are smooth; 0 is none")
+parser.add_argument("--drift", type=float, default=0.0, help="largest deviation of smooth drifts of the latents in directions that say little where pictures are smooth; 0 is none")
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="an autoencoder to start from, in diffusers layout")
 parser.add_argument("--name", default="vae")
 args = parser.parse_args()
@@ -83,11 +83,13 @@ def distance(x, y):
 
 @torch.no_grad()
 def silent():
-    """Directions of the channels, `(5, 8)`, in which natural latents are next to nothing where they are smooth: all but the three of colour."""
-    crops = (tiles.crops(50, 128, np.random.default_rng((args.seed, i))) for i in range(8))
-    smooth = torch.cat([F.avg_pool2d(vae.encode(x.to(args.device)).latent_dist.mean, 8) for x in crops]).transpose(0, 1).flatten(1)
-    _, vectors = torch.linalg.eigh(smooth @ smooth.T)
-    return vectors[:, :-3].T
+    """What of latents does not belong where a picture is smooth, as a projection of the channels, `(8, 8)`: all but the three directions of colour."""
+    flat = torch.eye(4, 3, device=args.device)[:, :, None, None].expand(-1, -1, 32, 32) - 0.5  # red, green, blue and black
+    z = vae.encode(flat).latent_dist.mean.mean((2, 3))
+    if z.shape[1] <= 3:
+        raise SystemExit(f"--drift wants more channels than those of colour, and this autoencoder has {z.shape[1]}")
+    colours, _ = torch.linalg.qr((z[:3] - z[3]).T)
+    return torch.eye(len(colours), device=args.device) - colours @ colours.T
 
 
 directions = silent() if args.drift else None
@@ -105,11 +107,11 @@ def some(count, generator):
 
 
 def drift(z, generator):
-    """A smooth field in each of the silent directions."""
-    cells = int(torch.randint(2, z.shape[-1] // 4 + 1, (1,), device=args.device, generator=generator))
-    fields = torch.randn(len(z), len(directions), cells, cells, device=args.device, generator=generator)
+    """Smooth fields in the silent directions."""
+    cells = int(torch.randint(2, z.shape[-1] // 4 + 1, (1,), device=args.device, generator=generator))  # on a GPU it is waited for
+    fields = torch.randn(*z.shape[:2], cells, cells, device=args.device, generator=generator)
     fields = F.interpolate(fields, size=z.shape[2:], mode="bicubic", align_corners=False)
-    return torch.einsum("ndyx,dc->ncyx", fields, directions)
+    return torch.einsum("ncyx,cd->ndyx", fields, directions)
 
 
 def loss_of(run, x):
