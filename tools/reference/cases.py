@@ -34,7 +34,7 @@ class Case:
 
 
 CASES = {
-    "bundled-256": Case("style_transfer", "bundled", (256, 256), 15, None, 3, 0.05, "style_harvest.png", {"--content-weight": 0.2}),
+    "bundled-256": Case("style_transfer", "bundled", (256, 256), 15, None, 3, 0.05, "style_harvest.png", {"--content-weight": 0.25}),
     "sd15-512": Case("style_transfer", "sd15", (512, 512), 5, 200, 1, 0.05, "style_harvest.png", {"--content-weight": 0.25}),
     "sd15-sampling-512": Case(
         "text_to_image", "sd15", (512, 512), 5, 50, 3, 0.015, "style_harvest.png", {"--guidance": 7.5, "--prompt": PROMPT}
