@@ -92,7 +92,7 @@ def silent():
     return torch.eye(len(colours), device=args.device) - colours @ colours.T
 
 
-directions = silent() if args.drift else None
+onto_silent = silent() if args.drift else None
 
 
 def crops_of(step, rng):
@@ -111,7 +111,7 @@ def drift(z, generator):
     cells = int(torch.randint(2, z.shape[-1] // 4 + 1, (1,), device=args.device, generator=generator))  # on a GPU it is waited for
     fields = torch.randn(*z.shape[:2], cells, cells, device=args.device, generator=generator)
     fields = F.interpolate(fields, size=z.shape[2:], mode="bicubic", align_corners=False)
-    return torch.einsum("ncyx,cd->ndyx", fields, directions)
+    return torch.einsum("ncyx,cd->ndyx", fields, onto_silent)
 
 
 def loss_of(run, x):
