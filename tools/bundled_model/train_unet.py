@@ -28,11 +28,16 @@ parser.add_argument("--unbalanced", action="store_true", help="downsampling as i
 parser.add_argument("--batch", type=float, default=1.0, help="factor on the batch size, which is for two cores")
 parser.add_argument("--recolour", type=float, default=0.3, metavar="SHARE", help="of crops that get another palette")
 parser.add_argument("--scales", type=int, nargs="+", default=(1, 1, 1, 2, 2, 3), help="crops are made smaller by one of these")
+parser.add_argument(
+    "--odds", type=float, nargs=6, default=(0.1, 0.2, 0.5, 0.2, 0.0, 0.0), metavar="SHARE", help="how often crops of 16, 24, 32, 48, 64 and 72 latents are drawn"
+)
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="a trained U-Net to start from, in diffusers layout, in place of random weights")
 parser.add_argument("--name", default="unet")
 args = parser.parse_args()
 if 1 not in args.scales or min(args.scales) < 1:
     parser.error("--scales: 1 must be among them, for the largest crops are as large as tiles allow, and none below it")
+if min(args.odds) < 0 or abs(sum(args.odds) - 1) > 1e-6:
+    parser.error("--odds: shares, which together are 1")
 torch.set_num_threads(args.threads)
 torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
 
@@ -50,8 +55,8 @@ CONFIG = dict(
     norm_num_groups=16,
 )
 # Latents a side, pictures per batch, and how often each is drawn: small ones first, since they teach the same for less.
-SIZES = ((16, 12), (24, 6), (32, 4), (48, 2))
-EARLY, LATE = (0.7, 0.2, 0.1, 0.0), (0.1, 0.2, 0.5, 0.2)
+SIZES = ((16, 12), (24, 6), (32, 4), (48, 2), (64, 1), (72, 1))
+EARLY = (0.7, 0.2, 0.1, 0.0, 0.0, 0.0)
 
 torch.manual_seed(args.seed)
 vae = AutoencoderKL.from_pretrained(args.work / "vae_init").to(args.device).eval().requires_grad_(False)
@@ -74,8 +79,8 @@ def encode(pictures):
 
 
 def crops_of(step, rng):
-    # Cheap sizes for the first 40 % of a run from nothing, then the sizes that the model is used at.
-    odds = EARLY if step < 0.4 * args.steps and not args.start else LATE
+    # Cheap sizes for the first 40 % of a run from nothing, then those that --odds asks for.
+    odds = EARLY if step < 0.4 * args.steps and not args.start else args.odds
     side, count = SIZES[rng.choice(len(SIZES), p=odds)]
     return tiles.crops(max(1, round(count * args.batch)), 4 * side, rng, args.recolour, args.scales)
 

@@ -1,6 +1,7 @@
 """What both trainings share: a schedule, an average of the weights, a log, and checkpoints that survive a kill."""
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -33,6 +34,14 @@ def trained(text):
     return Path(text)
 
 
+def checksum(folder):
+    """Of the weights in a network's folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 class Run:
     """A training run of `steps` steps, the last `cooldown` of which lower the learning rate to nothing.
 
@@ -44,6 +53,7 @@ class Run:
     def __init__(self, folder, model, optimizer, args, warmup=100, average=0.998, every=250):
         self.folder, self.model, self.optimizer = Path(folder), model, optimizer
         self.steps, self.cooldown, self.seed, self.workers = args.steps, args.cooldown, args.seed, args.workers
+        self.began_from = checksum(args.start) if args.start else None
         self.warmup, self.average, self.every = warmup, average, every
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.seed)
@@ -70,6 +80,8 @@ class Run:
             # A state from within a cooldown does not go on at the full rate.
             if state["cooldown_from"] is not None and state["cooldown_from"] != first_of_cooldown:
                 continue
+            if state.get("began_from", self.began_from) != self.began_from:
+                raise SystemExit(f"the run in {self.folder} began from other weights than those of --start: move it away, or give this one another --name")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step, self.seconds, self.loss = state["ema"], state["step"], state["seconds"], state["loss"]
@@ -82,6 +94,7 @@ class Run:
         state = dict(
             model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema, step=self.step, seconds=self.seconds, loss=self.loss,
             generator=self.generator.get_state(), cooldown_from=first_of_cooldown if self.step > first_of_cooldown else None,
+            began_from=self.began_from,
         )
         torch.save(state, self.folder / "new.pt")
         os.replace(self.folder / "new.pt", self.folder / name)
