@@ -5,7 +5,8 @@
     python3 collect.py NAME...           # only these, then the merge
     python3 collect.py --merge-only      # after a change to heldout.toml
     python3 collect.py --hold-out FILE.. # adds pictures to heldout.toml
-    python3 collect.py --folder DIR --work other   # a folder of one's own in place of the sources; writes other/manifest.csv
+    python3 collect.py --folder DIR --work other   # a folder of one's own in place of the sources
+    python3 collect.py --merge-only --publish      # writes manifest.csv here, too: that of the weights that are shipped
 
 Needs Pillow and numpy, and the clients of the registries: apt-get and dpkg (dpkg-dev for source packages), npm, pip.
 
@@ -14,8 +15,8 @@ Two steps, both without chance but for a seed:
 1. *Per source*: download, unpack, keep the pictures whose licence and content pass, cut 288 x 288 tiles, and keep the result as
    work/candidates/NAME.npz. A source whose entry has not changed is not done again, so a run that was killed goes on where it stopped.
 2. *Merge*: in the order of the files and of the entries in them, drop near-duplicates over all sources and everything that is held out,
-   write work/tiles/NAME.npy (uint8, N x 288 x 288 x 3; the tiles of manifest.csv's rows of that source, in their order),
-   a contact sheet work/sheets/NAME.png, and manifest.csv.
+   write work/tiles/NAME.npy (uint8, N x 288 x 288 x 3; the tiles of the manifest's rows of that source, in their order),
+   a contact sheet work/sheets/NAME.png, and work/manifest.csv.
 
 The keys of a source are those of the class Source below. Paths are inside the unpacked package; a member of a zip archive or of a Qt
 resource file goes on after the archive's name: "usr/share/a/b.pk3/textures/c.png". Patterns are shell patterns whose * matches / too.
@@ -50,7 +51,7 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
 SIDE = 288
 SEED = 5
-RECIPE = 1  # count up when the filters or the cutting change: every source is then done again
+RECIPE = 2  # count up when the filters or the cutting change: every source is then done again
 
 GROUPS = ("photograph", "painting", "texture", "drawing")
 DETAILS_FROM = {"photograph": 2.0, "painting": 1.45, "texture": 2.0, "drawing": 1.45}  # strokes are what a painting has to teach
@@ -146,6 +147,10 @@ PERMISSIVE = re.compile(
 )
 
 
+# Nobody whom the licence could be from.
+UNNAMED = re.compile(r"\W*(|various|unknown|public domain)\W*|.*\?\?.*", re.IGNORECASE)
+
+
 def permissive(expression):
     """Whether an SPDX or DEP-5 licence expression can be met with permissive licences alone."""
     expression = re.sub(r"[(),]", " ", expression.strip())
@@ -224,7 +229,9 @@ class Licences:
                     break
             if text is None:
                 raise Failure("no debian/copyright in the package")
-            self.paragraphs = [("*" in p or "./*" in p, dep5_regex(p), licence, authors) for p, licence, authors in dep5(text)]
+            self.paragraphs = [
+                ("*" in p or "./*" in p, dep5_regex(p), dep5_regex([f for f in p if not f.endswith("/*")]), licence, authors) for p, licence, authors in dep5(text)
+            ]
             if not self.paragraphs:
                 raise Failure("debian/copyright is not machine-readable")
         if source.licence == "readme":
@@ -246,11 +253,18 @@ class Licences:
                     name = replacement + path[len(prefix) :]
                     break
             names = [name, *(str(Path(name).with_suffix(e)) for e in self.source.extensions)]
-            for blanket, regex, licence, authors in self.paragraphs:
+            other = ""
+            for blanket, regex, by_file, licence, authors in self.paragraphs:
                 named = any(regex.fullmatch(n) for n in names)
                 if named or blanket:
                     terms.licence, terms.author = licence, authors
                     terms.refused = "" if named or self.source.blanket else "only the blanket licence"
+                if not permissive(licence) and any(by_file.fullmatch(n) for n in names):
+                    other = licence
+            # The last one that matches holds, by the format; but "mountain1*" is easily written for mountain1.jpg, and meets mountain10-by-another.jpg,
+            # too, of which an earlier paragraph says something else. One for a whole folder is meant to have exceptions.
+            if other and not terms.refused:
+                terms.refused = f"licence {other}, by one of the paragraphs that name it"
         elif self.source.licence == "readme":
             for folder in Path(path).parents:
                 said = self.readmes.get(folder.as_posix(), {}).get(Path(path).relative_to(folder).as_posix())
@@ -271,6 +285,8 @@ class Licences:
                     terms.refused = "excluded: " + str(entry["exclude"])
         if self.source.kind != "folder" and not terms.refused and not permissive(terms.licence):
             terms.refused = f"licence {terms.licence or 'unknown'}"
+        if self.source.kind != "folder" and not terms.refused and UNNAMED.fullmatch(terms.author):
+            terms.refused = "nobody is named as its author"
         return terms
 
 
@@ -667,12 +683,7 @@ def hold_out(files):
 COLUMNS = ["source", "kind", "package", "version", "path", "licence", "author", "title", "width", "height", "tiles", "sha256", "group"]
 
 
-def manifest_of(sources):
-    """Of the packages it is committed; of one's own pictures it stays with them."""
-    return WORK / "manifest.csv" if any(s.kind == "folder" for s in sources) else HERE / "manifest.csv"
-
-
-def merge(sources):
+def merge(sources, publish=False):
     held_out = HeldOut()
     known_hashes, known_views, known_names = np.zeros((0, 64), bool), np.zeros((0, 256), np.float32), []
     known_sha = {}
@@ -725,10 +736,11 @@ def merge(sources):
             old.unlink()
             old.with_suffix(".key").unlink(missing_ok=True)
     manifest.sort(key=lambda r: (r["source"], r["path"]))
-    with writing(manifest_of(sources)) as part, part.open("w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(manifest)
+    for folder in (WORK, HERE) if publish else (WORK,):
+        with writing(folder / "manifest.csv") as part, part.open("w", newline="") as f:
+            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(manifest)
     with writing(WORK / "excluded.csv") as part, part.open("w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows(excluded)
     report(manifest, excluded, summary)
@@ -782,11 +794,14 @@ def main():
     parser.add_argument("--merge-only", action="store_true", help="collect nothing, only apply heldout.toml and write the tiles")
     parser.add_argument("--hold-out", nargs="+", metavar="FILE", help="add pictures to heldout.toml")
     parser.add_argument("--discard-downloads", action="store_true", help="delete each archive after use")
+    parser.add_argument("--publish", action="store_true", help="write the manifest that is committed, too; every source must be there")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="your own pictures, in place of the sources")
     parser.add_argument("--work", type=Path, help="the working folder; for --folder it must be another than the default one")
     args = parser.parse_args()
     if args.folder and (args.work is None or not args.folder.is_dir()):
         parser.error("--folder needs a folder that is there, and --work for the results")
+    if args.publish and args.folder:
+        parser.error("--publish is for the weights that are shipped, which are not made of --folder")
     if args.work:
         global WORK
         WORK = args.work
@@ -807,12 +822,14 @@ def main():
             continue
         try:
             collect(source)
-        except (Failure, OSError, subprocess.SubprocessError) as e:
+        except (Failure, OSError, subprocess.SubprocessError, zipfile.BadZipFile, zlib.error, struct.error, UnicodeDecodeError) as e:
             failed.append(source.id)
             print(f"{source.id}: failed: {e}", file=sys.stderr)
         if args.discard_downloads:
             shutil.rmtree(WORK / "downloads", ignore_errors=True)
-    merge(sources)
+    if args.publish and (missing := [s.id for s in sources if not (WORK / "candidates" / f"{s.id}.npz").exists()]):
+        raise Failure(f"not collected yet: {', '.join(missing)}")
+    merge(sources, args.publish)
     if failed:
         print(f"failed: {', '.join(failed)}; run again", file=sys.stderr)
     return 1 if failed else 0

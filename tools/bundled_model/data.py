@@ -1,8 +1,7 @@
 """The training pictures: tiles on disk, and random crops of them.
 
-`collect.py` writes `work/tiles/NAME.npy` (N x 288 x 288 x 3, uint8) and a row per picture in `manifest.csv`; a folder of one's own pictures
-becomes the same by `collect.py --folder`, with its manifest in the working folder. One picture in forty is held out for validation, told by its checksum: adding sources moves
-none from one side to the other.
+`collect.py` writes `work/tiles/NAME.npy` (N x 288 x 288 x 3, uint8) and a row per picture in `work/manifest.csv`; `manifest.csv` here is that of the
+weights that are shipped. One picture in forty is held out for validation, told by its checksum: adding sources moves none from one side to the other.
 """
 
 import csv
@@ -23,7 +22,8 @@ class Tiles:
 
     def __init__(self, work=HERE / "work"):
         rows, manifest = {}, Path(work) / "manifest.csv"
-        manifest = manifest if manifest.exists() else HERE / "manifest.csv"
+        if not manifest.exists():
+            raise SystemExit(f"no {manifest}: run collect.py first")
         with open(manifest, newline="") as f:
             for row in csv.DictReader(f):
                 rows.setdefault(row["source"], []).append(row)
@@ -77,6 +77,8 @@ class Tiles:
 
     def held_out(self, side, count=48):
         """The middle of the first tile of held-out pictures, spread over the sources: always the same ones."""
+        if len(self.held) < 4:
+            raise SystemExit(f"{len(self.held)} pictures are held out, one in forty by chance, and at least 4 are needed: add pictures, some 300 suffice")
         picked = [self.held[i] for i in np.linspace(0, len(self.held) - 1, min(count, len(self.held))).round().astype(int)]
         m = (SIDE - side) // 2
         crops = np.stack([self.tile(at)[m : m + side, m : m + side] for at in picked]).astype(np.float32)

@@ -19,10 +19,12 @@ Pictures that are there already are not made again. Results, pictures and a cont
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
 import subprocess
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,6 +46,8 @@ parser.add_argument("--work", type=Path, default=HERE / "work")
 parser.add_argument("--no-networks", action="store_true", help="pictures only")
 parser.add_argument("--table", action="store_true")
 args = parser.parse_args()
+if not args.table and not (args.model and args.name):
+    parser.error("--model and --name, or --table")
 
 
 def run(example, *flags):
@@ -184,11 +188,28 @@ def mean(found, name):
     return round(sum(f[name] for f in found) / len(found), 3) if found else None
 
 
+def same_as_before(path):
+    """What a folder's pictures are made with; they are not made again, so they must not be of something else."""
+    weights = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(args.model.glob("*/*.safetensors")))).hexdigest()
+    own = args.model / "attention_distillation.json"
+    now = dict(weights=weights, settings=own.read_text() if own.exists() else "", set=args.set, flags=args.flags, texture_flags=args.texture_flags)
+    if not path.exists():
+        path.write_text(json.dumps(now, indent=1))
+    before = json.loads(path.read_text())
+    if other := [name for name in now if now[name] != before.get(name)]:
+        raise SystemExit(f"{path.parent} was judged with other {', '.join(other)}: give this one another --name")
+
+
 def judge():
     held, folder = HERE / "work/heldout" / args.set, args.work / "evaluation" / args.name
     inputs = args.work / "evaluation" / "inputs"
+    for role in ("content", "style", "texture"):
+        wanted = [p["name"] for p in tomllib.loads((HERE / "heldout.toml").read_text())["picture"] if (p.get("set"), p.get("role")) == (args.set, role)]
+        if missing := [name for name in wanted if not (held / role / f"{name}.png").exists()]:
+            raise SystemExit(f"no {', '.join(missing)} in {held / role}: run heldout.py first")
     for made in (folder, inputs):
         made.mkdir(parents=True, exist_ok=True)
+    same_as_before(folder / "judged.json")
     result = dict(name=args.name, set=args.set, flags=args.flags, texture_flags=args.texture_flags, **({} if args.no_networks else networks()))
     for i, side in enumerate(args.sizes):
         found = transfers(held, folder, inputs, side, args.pairs[min(i, len(args.pairs) - 1)])

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Puts a trained model together in f16, ready to ship.
 
-    python3 export.py --output ../../assets/mini      # from work/unet, work/scheduler and the decoder that was trained furthest: work/drift or vae
+    python3 export.py --output ../../assets/mini      # from work/unet and work/vae
     python3 export.py --output ../../assets/mini --unet work/longer --vae ../../assets/mini/vae      # with another U-Net, and the decoder that is there
     python3 export.py --random --output work/random   # the control: the same autoencoder, a U-Net of random weights
 
-`attention_distillation.json`, the model's own settings, is kept where the folder has one.
+`attention_distillation.json`, the model's own settings, is kept where the folder has one; another gets those of the bundled model.
 """
 
 import argparse
@@ -28,16 +28,19 @@ parser.add_argument("--vae", type=trained, help="likewise")
 args = parser.parse_args()
 
 
-def of_work(*names):
-    """The first of these folders that has been trained."""
-    found = [args.work / name for name in names if (args.work / name).exists()]
-    if not found:
-        raise SystemExit(f"no {' nor '.join(names)} in {args.work}: train it first, or name a folder")
-    return found[0]
+def of_work(name):
+    if not (args.work / name / "config.json").exists():
+        raise SystemExit(f"no {name} in {args.work}: train it first, or name a folder")
+    return args.work / name
 
 
-vae = AutoencoderKL.from_pretrained(args.vae or of_work("drift", "vae"), torch_dtype=torch.float32)
-unet = UNet2DConditionModel.from_pretrained(args.unet or of_work("unet"), torch_dtype=torch.float32)
+folders = dict(vae=args.vae or of_work("vae"), unet=args.unet or of_work("unet"))
+# Beside the weights where train_unet.py wrote them, or where a pipeline has it.
+schedulers = [path for path in (folders["unet"] / "scheduler", folders["unet"].parent / "scheduler") if path.exists()]
+if not schedulers:
+    raise SystemExit(f"no scheduler in {folders['unet']} nor beside it")
+vae = AutoencoderKL.from_pretrained(folders["vae"], torch_dtype=torch.float32)
+unet = UNet2DConditionModel.from_pretrained(folders["unet"], torch_dtype=torch.float32)
 if args.random:
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(unet.config)
@@ -48,7 +51,7 @@ for name, network in (("vae", vae), ("unet", unet)):
     content = json.loads(config.read_text())
     content.pop("_name_or_path", None)
     config.write_text(json.dumps(content, indent=2) + "\n")
-DDIMScheduler.from_pretrained(args.work / "scheduler").save_pretrained(args.output / "scheduler")
+DDIMScheduler.from_pretrained(schedulers[0]).save_pretrained(args.output / "scheduler")
 index = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": content["_diffusers_version"],
@@ -63,7 +66,7 @@ index = {
 (args.output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 settings = args.output / "attention_distillation.json"
 if not settings.exists():
-    settings.write_text(json.dumps({"layers": [3, 9], "size": [256, 256], "steps": 20, "iterations": 3}, indent=2) + "\n")
+    settings.write_text((HERE / "../../assets/mini/attention_distillation.json").read_text())
 size = sum(path.stat().st_size for path in args.output.glob("*/*.safetensors"))
 print(f"{args.output}: {size} bytes of weights")
 if size > LIMIT:

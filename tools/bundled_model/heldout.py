@@ -13,11 +13,13 @@ import argparse
 import hashlib
 import io
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import tomllib
 import zipfile
+import zlib
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -135,7 +137,7 @@ def main():
                 (marks / p["name"]).write_text(s)
                 print(target(p).relative_to(HERE))
             shutil.rmtree(folder)
-        except (Failure, OSError, KeyError, subprocess.CalledProcessError) as e:
+        except (Failure, OSError, KeyError, ValueError, struct.error, zipfile.BadZipFile, zlib.error, subprocess.CalledProcessError) as e:
             failed.append(package)
             print(f"{package}: {e}", file=sys.stderr)
     if failed:

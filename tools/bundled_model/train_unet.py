@@ -29,7 +29,7 @@ parser.add_argument("--batch", type=float, default=1.0, help="factor on the batc
 parser.add_argument("--recolour", type=float, default=0.3, metavar="SHARE", help="of crops that get another palette")
 parser.add_argument("--scales", type=int, nargs="+", default=(1, 1, 1, 2, 2, 3), help="crops are made smaller by one of these")
 parser.add_argument(
-    "--odds", type=float, nargs=6, default=(0.1, 0.2, 0.5, 0.2, 0.0, 0.0), metavar="SHARE", help="how often crops of 16, 24, 32, 48, 64 and 72 latents are drawn"
+    "--odds", type=float, nargs=6, default=(0.1, 0.15, 0.4, 0.2, 0.1, 0.05), metavar="SHARE", help="how often crops of 16, 24, 32, 48, 64 and 72 latents are drawn"
 )
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="a trained U-Net to start from, in diffusers layout, in place of random weights")
 parser.add_argument("--name", default="unet")
@@ -59,6 +59,8 @@ SIZES = ((16, 12), (24, 6), (32, 4), (48, 2), (64, 1), (72, 1))
 EARLY = (0.7, 0.2, 0.1, 0.0, 0.0, 0.0)
 
 torch.manual_seed(args.seed)
+if not (args.work / "vae_init").exists():
+    parser.error(f"no encoder in {args.work}: train_vae.py --init writes it")
 vae = AutoencoderKL.from_pretrained(args.work / "vae_init").to(args.device).eval().requires_grad_(False)
 if args.start:
     unet = UNet2DConditionModel.from_pretrained(args.start, torch_dtype=torch.float32)
@@ -110,8 +112,8 @@ def save(_):
     if not args.unbalanced:
         balance(unet)  # an average over steps before they were balanced is not
     unet.save_pretrained(args.work / args.name)
+    scheduler(args.prediction).save_pretrained(args.work / args.name / "scheduler")
 
 
 run.averaged(save)
-scheduler(args.prediction).save_pretrained(args.work / "scheduler")
 print("done" if done else "stopped; the same command goes on")

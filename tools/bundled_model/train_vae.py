@@ -3,11 +3,11 @@
 
     python3 train_vae.py --init               # work/vae_init: the linear code, enough for train_unet.py to begin
     python3 train_vae.py [--device cuda]      # work/vae: goes on where it was stopped
-    python3 train_vae.py --start work/vae --name drift --drift 1 --lr 5e-4 --steps 1600 --cooldown 1600     # a decoder that is there, trained on
+    python3 train_vae.py --start work/vae --name longer --lr 5e-4 --steps 1600 --cooldown 1600     # a decoder that is there, trained on
 
 The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
 noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
-With `--drift` three fifths also get smooth fields in those directions of the channels that say little where a picture is smooth: transfers
+By `--drift` three fifths also get smooth fields in those directions of the channels that say little where a picture is smooth: transfers
 leave such, and a decoder that takes them at their word draws one and the same block over and over, a grid of 4 pixels.
 """
 
@@ -25,7 +25,7 @@ parser = flags(__doc__, steps=6000, cooldown=2400, lr=1.5e-3, work=HERE / "work"
 parser.add_argument("--init", action="store_true", help="only write the linear start")
 parser.add_argument("--noise", type=float, default=0.4, help="largest deviation of the noise on latents, whose own is 1")
 parser.add_argument("--random-weight", type=float, default=0.1, help="weight of the loss on random features")
-parser.add_argument("--drift", type=float, default=0.0, help="largest deviation of smooth drifts of the latents in directions that say little where pictures are smooth; 0 is none")
+parser.add_argument("--drift", type=float, default=1.0, help="largest deviation of smooth drifts of the latents in directions that say little where pictures are smooth; 0 is none")
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="an autoencoder to start from, in diffusers layout")
 parser.add_argument("--name", default="vae")
 args = parser.parse_args()

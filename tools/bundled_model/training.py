@@ -34,12 +34,12 @@ def trained(text):
     return Path(text)
 
 
-def checksum(folder):
-    """Of the weights in a network's folder."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def settings(args):
+    """What a run is made with, which must not change while it goes on: all flags but those that say how long, on what and where."""
+    found = {name: value for name, value in vars(args).items() if name not in ("steps", "cooldown", "device", "threads", "workers", "work", "init")}
+    if args.start:  # by its weights: it may have moved, and must not have changed
+        found["start"] = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(args.start.glob("*.safetensors")))).hexdigest()
+    return json.loads(json.dumps(found))
 
 
 class Run:
@@ -53,7 +53,7 @@ class Run:
     def __init__(self, folder, model, optimizer, args, warmup=100, average=0.998, every=250):
         self.folder, self.model, self.optimizer = Path(folder), model, optimizer
         self.steps, self.cooldown, self.seed, self.workers = args.steps, args.cooldown, args.seed, args.workers
-        self.began_from = checksum(args.start) if args.start else None
+        self.settings = settings(args)
         self.warmup, self.average, self.every = warmup, average, every
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.seed)
@@ -80,8 +80,11 @@ class Run:
             # A state from within a cooldown does not go on at the full rate.
             if state["cooldown_from"] is not None and state["cooldown_from"] != first_of_cooldown:
                 continue
-            if state.get("began_from", self.began_from) != self.began_from:
-                raise SystemExit(f"the run in {self.folder} began from other weights than those of --start: move it away, or give this one another --name")
+            before = state.get("settings", self.settings)
+            if other := ", ".join(f"--{name.replace('_', '-')}" for name in self.settings if before.get(name) != self.settings[name]):
+                raise SystemExit(f"the run in {self.folder} was begun with another {other}: move it away, or give this one another --name")
+            if state["step"] > self.steps:
+                raise SystemExit(f"the run in {self.folder} is at step {state['step']} already: more --steps, or another --name for a shorter one")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step, self.seconds, self.loss = state["ema"], state["step"], state["seconds"], state["loss"]
@@ -94,7 +97,7 @@ class Run:
         state = dict(
             model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), ema=self.ema, step=self.step, seconds=self.seconds, loss=self.loss,
             generator=self.generator.get_state(), cooldown_from=first_of_cooldown if self.step > first_of_cooldown else None,
-            began_from=self.began_from,
+            settings=self.settings,
         )
         torch.save(state, self.folder / "new.pt")
         os.replace(self.folder / "new.pt", self.folder / name)
