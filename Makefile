@@ -30,6 +30,7 @@ test: libtorch ## the whole test suite
 	$(CARGO) test --features hub
 	$(CARGO) test --no-default-features --test 'core_*' --test image --test metrics
 	$(CARGO) test --features cuda-graphs --lib --test 'core_graphs*' --test gpu_graphs
+	$(PYTHON) tools/bundled_model/test_licences.py
 
 lint: libtorch ## format and clippy, every feature set
 	$(CARGO) fmt --check

@@ -28,17 +28,14 @@ import contextlib
 import csv
 import dataclasses
 import fnmatch
-import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 import zlib
@@ -46,6 +43,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from licences import Licences, permissive, spelled
+from packages import Failure, download, picture_files, unpack
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
@@ -56,8 +56,6 @@ RECIPE = 2  # count up when the filters or the cutting change: every source is t
 GROUPS = ("photograph", "painting", "texture", "drawing")
 DETAILS_FROM = {"photograph": 2.0, "painting": 1.45, "texture": 2.0, "drawing": 1.45}  # strokes are what a painting has to teach
 KINDS = ("debian", "debian-source", "npm", "pypi", "folder")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tga", ".dds", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pcx", ".avif")
-ZIPS = (".zip", ".pk3", ".pk4", ".jar", ".whl", ".egg")
 
 # Names of pictures that show no picture: data for a renderer, parts of a user interface, previews and screenshots.
 NOT_A_PICTURE = re.compile(
@@ -68,10 +66,6 @@ NOT_A_PICTURE = re.compile(
 )
 
 Image.MAX_IMAGE_PIXELS = 400_000_000
-
-
-class Failure(Exception):
-    """A source that cannot be collected; the others go on."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------- sources
@@ -137,265 +131,6 @@ def read_sources():
             raise Failure(f"two sources are called {s.id!r}: give one an `id`")
         seen.add(s.id)
     return sources
-
-
-# --------------------------------------------------------------------------------------------------------------------- licences
-
-PERMISSIVE = re.compile(
-    r"(public[ -]domain|pd|cc-?0(-1\.0)?|cc-by(-\d(\.\d)?)?|expat|mit(-0)?|x11|bsd(-[234]-clause)?|0bsd|apache(-2(\.0)?)?|zlib|isc|unlicense)",
-    re.IGNORECASE,
-)
-
-
-# Nobody whom the licence could be from.
-UNNAMED = re.compile(r"\W*(|various|unknown|public domain)\W*|.*\?\?.*", re.IGNORECASE)
-
-
-def permissive(expression):
-    """Whether an SPDX or DEP-5 licence expression can be met with permissive licences alone."""
-    expression = re.sub(r"[(),]", " ", expression.strip())
-    for choice in re.split(r"\s+(?:or|OR)\s+|\s*\|\s*", expression):
-        parts = [p.strip() for p in re.split(r"\s+(?:and|AND)\s+", choice)]
-        if parts and all(PERMISSIVE.fullmatch(p) for p in parts):
-            return True
-    return False
-
-
-def spelled(licence):
-    """One spelling for each of the commonest licences."""
-    licence = re.sub(r"\b(public[ -]domain|PD)\b", "public domain", licence, flags=re.IGNORECASE)
-    return re.sub(r"\bCC-?0(-1\.0)?(?![\w.-])", "CC0-1.0", licence)
-
-
-def dep5(text):
-    """The (patterns, licence, authors) of a machine-readable debian/copyright, in order."""
-    paragraphs = []
-    for block in re.split(r"\n[ \t]*\n", text.replace("\r", "")):
-        fields = {}
-        for m in re.finditer(r"^([A-Za-z-]+):[ \t]*(.*(?:\n[ \t]+.*)*)", block, re.MULTILINE):
-            fields[m[1].lower()] = m[2]
-        if "files" in fields and "license" in fields:
-            licence = fields["license"].split("\n")[0].strip()
-            authors = "; ".join(" ".join(line.split()) for line in fields.get("copyright", "").split("\n") if line.strip())
-            paragraphs.append((re.sub(r",(?=\s)", " ", fields["files"]).split(), licence, authors))
-    return paragraphs
-
-
-def dep5_regex(patterns):
-    """One regular expression for the patterns of a paragraph that are not just `*`."""
-    alternatives = []
-    for pattern in patterns:
-        if pattern not in ("*", "./*"):
-            alternatives.append("".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern.removeprefix("./")))
-    return re.compile("|".join(alternatives) or r"(?!)", re.DOTALL)
-
-
-def readme_terms(text):
-    """What a README in the manner of debian/copyright says: file name -> (licence, authors)."""
-    terms = {}
-    for block in re.split(r"\n\s*\n", text.replace("\r", "")):
-        fields = dict(re.findall(r"^(Copyright|License):[ \t]*(.+)$", block, re.MULTILINE))
-        if "License" not in fields:
-            continue
-        licence = re.sub(r"^CC-BY (?=\d)", "CC-BY-", fields["License"].strip())
-        listed = re.sub(r"^(Copyright|License|Source|Comments?):.*$", "", block, flags=re.MULTILINE)
-        for name in re.findall(r"[^\s,:]+\.\w{3,4}\b", listed):
-            terms[name] = (licence, fields.get("Copyright", "").strip())
-    return terms
-
-
-@dataclasses.dataclass
-class Terms:
-    licence: str = ""
-    author: str = ""
-    title: str = ""
-    group: str = ""
-    refused: str = ""
-
-
-class Licences:
-    """Says under which terms a file of an unpacked source comes."""
-
-    def __init__(self, source, folder):
-        self.source = source
-        self.paragraphs = []
-        self.readmes = {}  # folder -> what its README says
-        if source.licence == "copyright-file":
-            text = None
-            for f in (folder / "debian/copyright", *sorted(folder.glob("usr/share/doc/*/copyright*")), *sorted(folder.glob("*/debian/copyright"))):
-                if f.is_file():
-                    data = f.read_bytes()
-                    text = (gzip.decompress(data) if f.suffix == ".gz" else data).decode("utf-8", "replace")
-                    break
-            if text is None:
-                raise Failure("no debian/copyright in the package")
-            self.paragraphs = [
-                ("*" in p or "./*" in p, dep5_regex(p), dep5_regex([f for f in p if not f.endswith("/*")]), licence, authors) for p, licence, authors in dep5(text)
-            ]
-            if not self.paragraphs:
-                raise Failure("debian/copyright is not machine-readable")
-        if source.licence == "readme":
-            for file in folder.rglob("*"):
-                path = file.relative_to(folder).as_posix()
-                if file.name == "README" and file.is_file():
-                    self.readmes[Path(path).parent.as_posix()] = readme_terms(file.read_text(errors="replace"))
-                elif file.suffix == ".rcc":
-                    for member, data in rcc_members(file.read_bytes()):
-                        if member.endswith("/README"):
-                            self.readmes[Path(f"{path}/{member}").parent.as_posix()] = readme_terms(data.decode("utf-8", "replace"))
-
-    def of(self, path):
-        terms = Terms(group=self.source.group, author=self.source.author)
-        if self.source.licence == "copyright-file":
-            name = path
-            for prefix, replacement in self.source.roots.items():
-                if path.startswith(prefix):
-                    name = replacement + path[len(prefix) :]
-                    break
-            names = [name, *(str(Path(name).with_suffix(e)) for e in self.source.extensions)]
-            other = ""
-            for blanket, regex, by_file, licence, authors in self.paragraphs:
-                named = any(regex.fullmatch(n) for n in names)
-                if named or blanket:
-                    terms.licence, terms.author = licence, authors
-                    terms.refused = "" if named or self.source.blanket else "only the blanket licence"
-                if not permissive(licence) and any(by_file.fullmatch(n) for n in names):
-                    other = licence
-            # The last one that matches holds, by the format; but "mountain1*" is easily written for mountain1.jpg, and meets mountain10-by-another.jpg,
-            # too, of which an earlier paragraph says something else. One for a whole folder is meant to have exceptions.
-            if other and not terms.refused:
-                terms.refused = f"licence {other}, by one of the paragraphs that name it"
-        elif self.source.licence == "readme":
-            for folder in Path(path).parents:
-                said = self.readmes.get(folder.as_posix(), {}).get(Path(path).relative_to(folder).as_posix())
-                if said:
-                    terms.licence, terms.author = said
-                    break
-        elif self.source.licence != "listed":
-            terms.licence = self.source.licence
-        for entry in self.source.file:
-            if fnmatch.fnmatchcase(path, entry["path"]):
-                terms.licence = entry.get("licence", terms.licence)
-                if "licence" in entry:
-                    terms.refused = ""
-                terms.author = entry.get("author", terms.author)
-                terms.title = entry.get("title", terms.title)
-                terms.group = entry.get("group", terms.group)
-                if entry.get("exclude"):
-                    terms.refused = "excluded: " + str(entry["exclude"])
-        if self.source.kind != "folder" and not terms.refused and not permissive(terms.licence):
-            terms.refused = f"licence {terms.licence or 'unknown'}"
-        if self.source.kind != "folder" and not terms.refused and UNNAMED.fullmatch(terms.author):
-            terms.refused = "nobody is named as its author"
-        return terms
-
-
-# --------------------------------------------------------------------------------------------------------------------- packages
-
-
-def run(command, cwd, tries=3):
-    for attempt in range(1, tries + 1):
-        done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        if done.returncode == 0:
-            return done.stdout
-        if attempt < tries:
-            time.sleep(5 * attempt)
-    raise Failure(f"{' '.join(map(str, command))}: {done.stdout.strip()[-400:]}")
-
-
-def download(source):
-    """The folder with the source's archives, downloaded before or now."""
-    folder = WORK / "downloads" / source.kind / f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', source.name)}_{source.version.replace(':', '-')}"
-    if (folder / ".complete").exists():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if source.kind == "debian":
-        run(["apt-get", "download", f"{source.name}={source.version}"], folder)
-    elif source.kind == "debian-source":
-        run(["apt-get", "source", "--download-only", f"{source.name}={source.version}"], folder)
-    elif source.kind == "npm":
-        run(["npm", "pack", f"{source.name}@{source.version}"], folder)
-    else:
-        which = ["--no-binary", ":all:"] if source.dist == "sdist" else ["--only-binary", ":all:"]
-        run([sys.executable, "-m", "pip", "download", "--no-deps", *which, f"{source.name}=={source.version}"], folder)
-    (folder / ".complete").touch()
-    return folder
-
-
-def unpack(source, archives, target):
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for archive in sorted(archives.iterdir()):
-        if archive.suffix == ".deb":
-            run(["dpkg-deb", "-x", archive, target], archives, tries=1)
-        elif archive.suffix == ".dsc":
-            target.rmdir()
-            run(["dpkg-source", "--no-check", "--no-copy", "-x", archive, target], archives, tries=1)
-        elif archive.suffix in ZIPS:
-            with zipfile.ZipFile(archive) as z:
-                z.extractall(target)
-        elif source.kind in ("npm", "pypi") and archive.name.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")):
-            run(["tar", "-xf", archive, "-C", target, "--strip-components=1"], archives, tries=1)
-    # Folders without the right to enter them are in some npm archives.
-    for root, folders, _ in os.walk(target):
-        for name in folders:
-            with contextlib.suppress(OSError):
-                os.chmod(os.path.join(root, name), 0o755)
-
-
-def rcc_members(data):
-    """The (resource path, bytes) of a binary Qt resource file."""
-    magic, version, tree, payload, names = struct.unpack(">4sIIII", data[:20])
-    if magic != b"qres":
-        raise Failure("not a Qt resource file")
-    node_size = 14 if version == 1 else 22
-
-    def name_at(offset):
-        (length,) = struct.unpack_from(">H", data, names + offset)
-        start = names + offset + 6
-        return data[start : start + 2 * length].decode("utf-16-be")
-
-    def walk(index, prefix):
-        name, flags = struct.unpack_from(">IH", data, tree + node_size * index)
-        path = f"{prefix}/{name_at(name)}" if index else prefix
-        if flags & 2:
-            count, first = struct.unpack_from(">II", data, tree + node_size * index + 6)
-            for child in range(first, first + count):
-                yield from walk(child, path)
-        else:
-            (offset,) = struct.unpack_from(">I", data, tree + node_size * index + 10)
-            (size,) = struct.unpack_from(">I", data, payload + offset)
-            content = data[payload + offset + 4 : payload + offset + 4 + size]
-            if flags & 1:
-                content = zlib.decompress(content[4:])
-            if not flags & 4:  # zstd: no picture is stored so, they do not get smaller
-                yield path.lstrip("/"), content
-
-    yield from walk(0, "")
-
-
-def picture_files(folder):
-    """Every (path, function that gives the bytes) of an unpacked source, archives in it opened, in sorted order."""
-    for root, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            file = Path(root, name)
-            path = file.relative_to(folder).as_posix()
-            if file.is_symlink():
-                continue
-            lower = name.lower()
-            if lower.endswith(PICTURES):
-                yield path, file.read_bytes
-            elif lower.endswith(".rcc"):
-                for member, data in sorted(rcc_members(file.read_bytes())):
-                    if member.lower().endswith(PICTURES):
-                        yield f"{path}/{member}", lambda data=data: data
-            elif lower.endswith(ZIPS) and zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as z:
-                    for member in sorted(set(z.namelist())):
-                        if member.lower().endswith(PICTURES):
-                            yield f"{path}/{member}", lambda z=z, member=member: z.read(member)
 
 
 # --------------------------------------------------------------------------------------------------------------------- pictures
@@ -508,7 +243,7 @@ def collect(source):
         return False
     own = source.kind == "folder"
     folder = Path(source.name) if own else WORK / "unpacked" / source.id
-    archives = None if own else download(source)
+    archives = None if own else download(source, WORK / "downloads")
     try:
         if not own:
             unpack(source, archives, folder)

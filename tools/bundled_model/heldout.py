@@ -24,7 +24,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from collect import HERE, WORK, Failure, rcc_members, run
+from collect import HERE, WORK
+from packages import Failure, rcc_members, run
 
 SIDE = 512
 SETS = ("evaluation", "tuning")

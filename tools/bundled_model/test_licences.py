@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""python3 test_licences.py: what may be trained on. Wants nothing but Python."""
+
+import tempfile
+import types
+import unittest
+from pathlib import Path
+
+from licences import Licences, permissive
+
+COPYRIGHT = """\
+Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
+
+Files: *
+Copyright: 2015 Somebody
+License: GPL-3+
+
+Files: images/*
+Copyright: 2015 Somebody
+License: CC-BY-SA-4.0
+
+Files: images/land/*
+Copyright: Various
+License: public-domain
+ Taken from a collection of photographs.
+
+Files: images/land/*-ann*
+Copyright: 2016 Ann
+License: CC-BY-SA-4.0
+
+Files:
+ images/land/mountain1*
+ images/land/nasa*
+Copyright: NASA
+License: public-domain
+
+Files: images/land/nobody.jpg
+Copyright: Public Domain ???? by ????
+License: CC0-1.0
+
+Files: images/scene/bob.jpg
+Copyright: 2017 Bob
+  2018 Carol
+License: CC-BY-4.0
+"""
+
+
+def terms_of(copyright_file, path, blanket=""):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "usr/share/doc/game/copyright")
+        file.parent.mkdir(parents=True)
+        file.write_text(copyright_file)
+        source = types.SimpleNamespace(
+            kind="debian", licence="copyright-file", group="photograph", author="", blanket=blanket, roots={"usr/share/game/": ""}, extensions=[], file=[]
+        )
+        return Licences(source, Path(folder)).of(f"usr/share/game/{path}")
+
+
+class CopyrightFile(unittest.TestCase):
+    def refused(self, path, why):
+        self.assertIn(why, terms_of(COPYRIGHT, path).refused)
+
+    def test_the_last_paragraph_that_matches_holds(self):
+        terms = terms_of(COPYRIGHT, "images/land/nasa3.jpg")
+        self.assertEqual((terms.licence, terms.author, terms.refused), ("public-domain", "NASA", ""))
+        terms = terms_of(COPYRIGHT, "images/scene/bob.jpg")
+        self.assertEqual((terms.licence, terms.author, terms.refused), ("CC-BY-4.0", "2017 Bob; 2018 Carol", ""))
+
+    def test_a_later_pattern_that_is_too_wide_does_not_hide_copyleft(self):
+        self.assertEqual(terms_of(COPYRIGHT, "images/land/mountain1.jpg").refused, "")
+        self.refused("images/land/mountain10-ann.jpg", "CC-BY-SA-4.0")
+
+    def test_copyleft_of_a_folder(self):
+        self.refused("images/scene/other.jpg", "CC-BY-SA-4.0")
+
+    def test_nobody_is_named(self):
+        self.refused("images/land/beach.jpg", "nobody is named")
+        self.refused("images/land/nobody.jpg", "nobody is named")
+
+    def test_a_blanket_licence_is_not_trusted_unless_a_source_says_why(self):
+        text = "Files: *\nCopyright: 2015 Somebody\nLicense: CC0-1.0\n"
+        self.assertIn("blanket", terms_of(text, "images/a.jpg").refused)
+        self.assertEqual(terms_of(text, "images/a.jpg", blanket="all drawn by the author").refused, "")
+
+
+class Expressions(unittest.TestCase):
+    def test_permissive(self):
+        for expression in ("public-domain", "CC0-1.0", "CC-BY-3.0", "Expat", "GPL-2+ or CC-BY-3.0", "Expat and CC0-1.0", "(MIT OR GPL-3.0)"):
+            self.assertTrue(permissive(expression), expression)
+
+    def test_not_permissive(self):
+        for expression in ("", "CC-BY-SA-3.0", "CC-BY-NC-4.0", "GPL-2+", "CC-BY-3.0 and GPL-2+", "CC-BY-ND-4.0", "unknown"):
+            self.assertFalse(permissive(expression), expression)
+
+
+if __name__ == "__main__":
+    unittest.main()
