@@ -51,7 +51,7 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
 SIDE = 288
 SEED = 5
-RECIPE = 2  # count up when the filters or the cutting change: every source is then done again
+RECIPE = 3  # count up when the filters, the rules on licences or the cutting change: every source is then done again
 
 GROUPS = ("photograph", "painting", "texture", "drawing")
 DETAILS_FROM = {"photograph": 2.0, "painting": 1.45, "texture": 2.0, "drawing": 1.45}  # strokes are what a painting has to teach
@@ -237,10 +237,10 @@ def matches(globs, path):
 
 def collect(source):
     """Fills work/candidates/ID.npz and work/rejected/ID.csv; True if there was something to do."""
+    if collected(source):
+        return False
     result = WORK / "candidates" / f"{source.id}.npz"
     mark = WORK / "candidates" / f"{source.id}.key"
-    if result.exists() and mark.exists() and mark.read_text() == source.key():
-        return False
     own = source.kind == "folder"
     folder = Path(source.name) if own else WORK / "unpacked" / source.id
     archives = None if own else download(source, WORK / "downloads")
@@ -312,6 +312,12 @@ def collect(source):
         print(f"    left out {n:5}  {reason}")
     sys.stdout.flush()
     return True
+
+
+def collected(source):
+    """Whether its candidates are there, and of the rules and the entry as they are now."""
+    result, mark = (WORK / "candidates" / f"{source.id}.{end}" for end in ("npz", "key"))
+    return result.exists() and mark.exists() and mark.read_text() == source.key()
 
 
 def choose(source, folder, licences, rejected):
@@ -425,9 +431,9 @@ def merge(sources, publish=False):
     manifest, excluded, summary = [], [], []
     wanted = set()
     for source in sources:
-        file = WORK / "candidates" / f"{source.id}.npz"
-        if not file.exists():
+        if not collected(source):
             continue
+        file = WORK / "candidates" / f"{source.id}.npz"
         with np.load(file) as c:
             rows, counts, hashes = json.loads(str(c["rows"])), c["counts"], c["hashes"]
             ends = np.cumsum(c["view_counts"])
@@ -544,7 +550,9 @@ def main():
         hold_out(args.hold_out)
         return 0
     if args.folder:
-        own = Source(kind="folder", name=str(args.folder.resolve()), version="", licence="own", group="photograph", id="own", any_name=True)
+        files = sorted((str(file), file.stat().st_size, file.stat().st_mtime) for file in args.folder.rglob("*") if file.is_file())
+        state = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]  # so that pictures added later are seen
+        own = Source(kind="folder", name=str(args.folder.resolve()), version=state, licence="own", group="photograph", id="own", any_name=True)
         sources = [own]
     else:
         sources = read_sources()
@@ -562,11 +570,12 @@ def main():
             print(f"{source.id}: failed: {e}", file=sys.stderr)
         if args.discard_downloads:
             shutil.rmtree(WORK / "downloads", ignore_errors=True)
-    if args.publish and (missing := [s.id for s in sources if not (WORK / "candidates" / f"{s.id}.npz").exists()]):
-        raise Failure(f"not collected yet: {', '.join(missing)}")
+    missing = [source.id for source in sources if not collected(source)]
+    if args.publish and missing:
+        raise Failure(f"not collected yet, or by earlier rules: {', '.join(missing)}")
     merge(sources, args.publish)
-    if failed:
-        print(f"failed: {', '.join(failed)}; run again", file=sys.stderr)
+    if missing:
+        print(f"left out, since they are not collected yet, or by earlier rules: {', '.join(missing)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -31,7 +31,7 @@ class Tiles:
         for source in sorted(rows):
             path = Path(work) / "tiles" / f"{source}.npy"
             if not path.exists():
-                continue
+                raise SystemExit(f"no {path}, which {manifest} lists: run collect.py again")
             array = np.load(path, mmap_mode="r")
             if len(array) != sum(int(row["tiles"]) for row in rows[source]):
                 raise SystemExit(f"{path} does not go with {manifest}: run collect.py again")

@@ -48,6 +48,9 @@ parser.add_argument("--table", action="store_true")
 args = parser.parse_args()
 if not args.table and not (args.model and args.name):
     parser.error("--model and --name, or --table")
+for network in () if args.table else ("unet", "vae"):
+    if not (args.model / network / "config.json").exists():
+        parser.error(f"no {network} in {args.model}")
 
 
 def run(example, *flags):
@@ -190,14 +193,19 @@ def mean(found, name):
 
 def same_as_before(path):
     """What a folder's pictures are made with; they are not made again, so they must not be of something else."""
-    weights = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(args.model.glob("*/*.safetensors")))).hexdigest()
-    own = args.model / "attention_distillation.json"
-    now = dict(weights=weights, settings=own.read_text() if own.exists() else "", set=args.set, flags=args.flags, texture_flags=args.texture_flags)
-    if not path.exists():
+    files = sorted(file for kind in ("*.json", "*/*.json", "*/*.safetensors") for file in args.model.glob(kind))
+    model = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    held = hashlib.sha256((HERE / "heldout.toml").read_bytes()).hexdigest()
+    now = dict(model=model, held_out=held, set=args.set, flags=args.flags, texture_flags=args.texture_flags)
+    if path.exists():
+        before = json.loads(path.read_text())
+    elif any(path.parent.glob("*.json")):
+        before = {}
+    else:
         path.write_text(json.dumps(now, indent=1))
-    before = json.loads(path.read_text())
+        return
     if other := [name for name in now if now[name] != before.get(name)]:
-        raise SystemExit(f"{path.parent} was judged with other {', '.join(other)}: give this one another --name")
+        raise SystemExit(f"{path.parent} was judged with other or unknown {', '.join(other)}: give this one another --name")
 
 
 def judge():

@@ -6,7 +6,7 @@
 
 Each picture is cut to a square (about its middle, or to `crop = [left, top, side]`) and scaled to 512 x 512. The packages come from the
 registries by name and version, the files in them are checked by `sha256`; what is there already is not fetched again.
-Needs Pillow, and apt, npm and pip for the packages.
+Needs Pillow and numpy, and apt, npm and pip for the packages.
 """
 
 import argparse

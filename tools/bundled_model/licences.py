@@ -17,18 +17,21 @@ PERMISSIVE = re.compile(
 )
 
 
-# Nobody whom the licence could be from.
-UNNAMED = re.compile(r"\W*(|various|unknown|public domain)\W*|.*\?\?.*", re.IGNORECASE)
+def unnamed(authors):
+    """Whether nobody is named whom the licence could be from. The unknown painter of a museum's picture is known to be one."""
+    if re.search(r"\bby \?\?", authors):
+        return True
+    rest = re.sub(r"\(c\)|©|\b(copyright|published|public domain|various|unknown|none|n/a|authors?|by|and|\d{4})\b|\?\?+", "", authors, flags=re.IGNORECASE)
+    return not re.search(r"\w", rest)
 
 
 def permissive(expression):
     """Whether an SPDX or DEP-5 licence expression can be met with permissive licences alone."""
-    expression = re.sub(r"[(),]", " ", expression.strip())
-    for choice in re.split(r"\s+(?:or|OR)\s+|\s*\|\s*", expression):
-        parts = [p.strip() for p in re.split(r"\s+(?:and|AND)\s+", choice)]
-        if parts and all(PERMISSIVE.fullmatch(p) for p in parts):
-            return True
-    return False
+    words = re.split(r"\s+(and|or)\s+|\s*(\|)\s*", re.sub(r"[(),]", " ", expression.strip()), flags=re.IGNORECASE)
+    licences = [PERMISSIVE.fullmatch(word.strip()) is not None for word in words[::3]]
+    joints = {(a or b).lower().replace("|", "or") for a, b in zip(words[1::3], words[2::3])}
+    # Of "either" alone one suffices; where both are mixed it hangs on brackets and commas, and all must pass.
+    return any(licences) if joints == {"or"} else all(licences)
 
 
 def spelled(licence):
@@ -37,27 +40,34 @@ def spelled(licence):
     return re.sub(r"\bCC-?0(-1\.0)?(?![\w.-])", "CC0-1.0", licence)
 
 
+@dataclasses.dataclass
+class Said:
+    """What a debian/copyright says of the files of one pattern."""
+
+    pattern: str
+    regex: re.Pattern
+    licence: str
+    authors: str
+
+    def passes(self):
+        return permissive(self.licence) and not unnamed(self.authors)
+
+
 def dep5(text):
-    """The (patterns, licence, authors) of a machine-readable debian/copyright, in order."""
+    """What a machine-readable debian/copyright says, in order."""
     paragraphs = []
     for block in re.split(r"\n[ \t]*\n", text.replace("\r", "")):
         fields = {}
         for m in re.finditer(r"^([A-Za-z-]+):[ \t]*(.*(?:\n[ \t]+.*)*)", block, re.MULTILINE):
             fields[m[1].lower()] = m[2]
-        if "files" in fields and "license" in fields:
-            licence = fields["license"].split("\n")[0].strip()
+        if "files" in fields:
+            licence = fields.get("license", "").split("\n")[0].strip()
             authors = "; ".join(" ".join(line.split()) for line in fields.get("copyright", "").split("\n") if line.strip())
-            paragraphs.append((re.sub(r",(?=\s)", " ", fields["files"]).split(), licence, authors))
+            for pattern in re.sub(r",(?=\s)", " ", fields["files"]).split():
+                pattern = pattern.removeprefix("./")
+                regex = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern)
+                paragraphs.append(Said(pattern, re.compile(regex, re.DOTALL), licence, authors))
     return paragraphs
-
-
-def dep5_regex(patterns):
-    """One regular expression for the patterns of a paragraph that are not just `*`."""
-    alternatives = []
-    for pattern in patterns:
-        if pattern not in ("*", "./*"):
-            alternatives.append("".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern.removeprefix("./")))
-    return re.compile("|".join(alternatives) or r"(?!)", re.DOTALL)
 
 
 def readme_terms(text):
@@ -99,9 +109,7 @@ class Licences:
                     break
             if text is None:
                 raise Failure("no debian/copyright in the package")
-            self.paragraphs = [
-                ("*" in p or "./*" in p, dep5_regex(p), dep5_regex([f for f in p if not f.endswith("/*")]), licence, authors) for p, licence, authors in dep5(text)
-            ]
+            self.paragraphs = dep5(text)
             if not self.paragraphs:
                 raise Failure("debian/copyright is not machine-readable")
         if source.licence == "readme":
@@ -123,18 +131,17 @@ class Licences:
                     name = replacement + path[len(prefix) :]
                     break
             names = [name, *(str(Path(name).with_suffix(e)) for e in self.source.extensions)]
-            other = ""
-            for blanket, regex, by_file, licence, authors in self.paragraphs:
-                named = any(regex.fullmatch(n) for n in names)
-                if named or blanket:
-                    terms.licence, terms.author = licence, authors
-                    terms.refused = "" if named or self.source.blanket else "only the blanket licence"
-                if not permissive(licence) and any(by_file.fullmatch(n) for n in names):
-                    other = licence
-            # The last one that matches holds, by the format; but "mountain1*" is easily written for mountain1.jpg, and meets mountain10-by-another.jpg,
-            # too, of which an earlier paragraph says something else. One for a whole folder is meant to have exceptions.
-            if other and not terms.refused:
-                terms.refused = f"licence {other}, by one of the paragraphs that name it"
+            said = [s for s in self.paragraphs if any(s.regex.fullmatch(n) for n in names)]
+            if said:
+                holds = said[-1]
+                terms.licence, terms.author = holds.licence, holds.authors
+                if holds.pattern == "*" and not self.source.blanket:
+                    terms.refused = "only the blanket licence"
+                # The last one that matches holds, by the format; but "mountain1*" is easily written for mountain1.jpg, and meets
+                # mountain10-by-another.jpg, too, of which an earlier one says something else. Unless it is an exception from that one, it is in doubt.
+                doubt = [s for s in said if not s.passes() and not s.regex.fullmatch(holds.pattern)]
+                if holds.passes() and doubt:
+                    terms.refused = f"licence {doubt[0].licence or 'unknown'} of {doubt[0].authors or 'nobody'}, by another pattern than the last"
         elif self.source.licence == "readme":
             for folder in Path(path).parents:
                 said = self.readmes.get(folder.as_posix(), {}).get(Path(path).relative_to(folder).as_posix())
@@ -155,6 +162,6 @@ class Licences:
                     terms.refused = "excluded: " + str(entry["exclude"])
         if self.source.kind != "folder" and not terms.refused and not permissive(terms.licence):
             terms.refused = f"licence {terms.licence or 'unknown'}"
-        if self.source.kind != "folder" and not terms.refused and UNNAMED.fullmatch(terms.author):
+        if self.source.kind != "folder" and not terms.refused and unnamed(terms.author):
             terms.refused = "nobody is named as its author"
         return terms

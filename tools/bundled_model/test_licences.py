@@ -6,7 +6,7 @@ import types
 import unittest
 from pathlib import Path
 
-from licences import Licences, permissive
+from licences import Licences, permissive, unnamed
 
 COPYRIGHT = """\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
@@ -70,6 +70,18 @@ class CopyrightFile(unittest.TestCase):
         self.assertEqual(terms_of(COPYRIGHT, "images/land/mountain1.jpg").refused, "")
         self.refused("images/land/mountain10-ann.jpg", "CC-BY-SA-4.0")
 
+    def test_only_an_exception_overrules(self):
+        for earlier, later, passes in (
+            ("images/*", "images/a*", True),
+            ("*", "images/a*", True),
+            ("images/ann/*", "images/a*", False),
+            ("images/ann/b*", "*", False),
+            ("images/ann/*.jpg", "images/ann/b*", False),
+        ):
+            for first in ("License: CC-BY-SA-4.0", "License:\n CC-BY-SA-4.0", "Comment: none", "License: Expat\nCopyright: unknown"):
+                text = f"Files: {earlier}\nCopyright: Ann\n{first}\n\nFiles: {later}\nCopyright: 2015 Bob\nLicense: CC0-1.0\n"
+                self.assertEqual(not terms_of(text, "images/ann/b.jpg", blanket="all by Bob").refused, passes, text)
+
     def test_copyleft_of_a_folder(self):
         self.refused("images/scene/other.jpg", "CC-BY-SA-4.0")
 
@@ -83,13 +95,24 @@ class CopyrightFile(unittest.TestCase):
         self.assertEqual(terms_of(text, "images/a.jpg", blanket="all drawn by the author").refused, "")
 
 
+class Authors(unittest.TestCase):
+    def test_named(self):
+        for authors in ("2016 Ann", "Published Public Domain ???? by Para; 2018 Bob", "Unidentified artist", "NASA", "Anonymous"):
+            self.assertFalse(unnamed(authors), authors)
+
+    def test_unnamed(self):
+        for authors in ("", "Various", "2015 Various authors", "(Public Domain)", "Public Domain ???? by ????", "(c) unknown", "N/A", "Various; Various"):
+            self.assertTrue(unnamed(authors), authors)
+
+
 class Expressions(unittest.TestCase):
     def test_permissive(self):
         for expression in ("public-domain", "CC0-1.0", "CC-BY-3.0", "Expat", "GPL-2+ or CC-BY-3.0", "Expat and CC0-1.0", "(MIT OR GPL-3.0)"):
             self.assertTrue(permissive(expression), expression)
 
     def test_not_permissive(self):
-        for expression in ("", "CC-BY-SA-3.0", "CC-BY-NC-4.0", "GPL-2+", "CC-BY-3.0 and GPL-2+", "CC-BY-ND-4.0", "unknown"):
+        mixed = "(MIT or GPL-3) and CC-BY-SA-4.0", "Expat or GPL-2, and CC-BY-SA-4.0", "(CC0-1.0 or GPL-2+) and CC-BY-NC-4.0", "MIT | GPL-2 and CC-BY-SA-4.0"
+        for expression in ("", "CC-BY-SA-3.0", "CC-BY-NC-4.0", "GPL-2+", "CC-BY-3.0 and GPL-2+", "CC-BY-ND-4.0", "unknown", *mixed):
             self.assertFalse(permissive(expression), expression)
 
 

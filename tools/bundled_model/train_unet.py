@@ -36,8 +36,9 @@ parser.add_argument("--name", default="unet")
 args = parser.parse_args()
 if 1 not in args.scales or min(args.scales) < 1:
     parser.error("--scales: 1 must be among them, for the largest crops are as large as tiles allow, and none below it")
-if min(args.odds) < 0 or abs(sum(args.odds) - 1) > 1e-6:
+if min(args.odds) < 0 or abs(sum(args.odds) - 1) > 1e-3:
     parser.error("--odds: shares, which together are 1")
+args.odds = [share / sum(args.odds) for share in args.odds]  # numpy wants it to the last digits
 torch.set_num_threads(args.threads)
 torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
 
@@ -98,7 +99,7 @@ if args.optimizer == "muon":
     optimizer = Muon(unet, args.lr)
 else:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-run = Run(args.work / f"{args.name}_run", unet, optimizer, args)
+run = Run(args.work / f"{args.name}_run", unet, optimizer, args, args.work / "vae_init")
 if not args.unbalanced:
     # Whatever was read, new weights or a state; one that is balanced goes on as it was, to the bit.
     if (off := imbalance(unet)) > 1e-3:

@@ -7,7 +7,7 @@
 
 The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
 noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
-By `--drift` three fifths also get smooth fields in those directions of the channels that say little where a picture is smooth: transfers
+Unless `--drift 0` is given, three fifths also get smooth fields in those directions of the channels that say little where a picture is smooth: transfers
 leave such, and a decoder that takes them at their word draws one and the same block over and over, a grid of 4 pixels.
 """
 
@@ -87,7 +87,7 @@ def silent():
     flat = torch.eye(4, 3, device=args.device)[:, :, None, None].expand(-1, -1, 32, 32) - 0.5  # red, green, blue and black
     z = vae.encode(flat).latent_dist.mean.mean((2, 3))
     if z.shape[1] <= 3:
-        raise SystemExit(f"--drift wants more channels than those of colour, and this autoencoder has {z.shape[1]}")
+        raise SystemExit(f"--drift wants more channels than those of colour, and this autoencoder has {z.shape[1]}: --drift 0 does without")
     colours, _ = torch.linalg.qr((z[:3] - z[3]).T)
     return torch.eye(len(colours), device=args.device) - colours @ colours.T
 
@@ -132,7 +132,7 @@ def validate(run):
 
 
 optimizer = Muon(vae, args.lr, decay=1e-3, outer=("decoder.conv_in", "decoder.conv_out", "encoder"))
-run = Run(args.work / f"{args.name}_run", vae, optimizer, args, average=0.995, every=500)
+run = Run(args.work / f"{args.name}_run", vae, optimizer, args, start, average=0.995, every=500)
 done = run.go(crops_of, loss_of, validate)
 run.averaged(lambda _: vae.save_pretrained(args.work / args.name))
 print("done" if done else "stopped; the same command goes on")

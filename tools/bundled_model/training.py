@@ -34,11 +34,18 @@ def trained(text):
     return Path(text)
 
 
-def settings(args):
-    """What a run is made with, which must not change while it goes on: all flags but those that say how long, on what and where."""
-    found = {name: value for name, value in vars(args).items() if name not in ("steps", "cooldown", "device", "threads", "workers", "work", "init")}
-    if args.start:  # by its weights: it may have moved, and must not have changed
-        found["start"] = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(args.start.glob("*.safetensors")))).hexdigest()
+def checksum(*paths):
+    """Of files, and of the weights in folders."""
+    files = [file for path in paths for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def settings(args, encoder):
+    """What a run is made with, which must not change while it goes on: all flags but those that say how long, on what and where, and by their
+    contents the pictures and the networks that it begins with."""
+    free = ("steps", "cooldown", "device", "threads", "workers", "work", "name", "init", "start")
+    found = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
+    found |= {"pictures": checksum(args.work / "manifest.csv"), "encoder": checksum(encoder), "--start": checksum(args.start) if args.start else None}
     return json.loads(json.dumps(found))
 
 
@@ -50,10 +57,10 @@ class Run:
     killed and started again with the same flags and tiles ends with the same weights, up to the roundings of the machine.
     """
 
-    def __init__(self, folder, model, optimizer, args, warmup=100, average=0.998, every=250):
+    def __init__(self, folder, model, optimizer, args, encoder, warmup=100, average=0.998, every=250):
         self.folder, self.model, self.optimizer = Path(folder), model, optimizer
         self.steps, self.cooldown, self.seed, self.workers = args.steps, args.cooldown, args.seed, args.workers
-        self.settings = settings(args)
+        self.settings = settings(args, encoder)
         self.warmup, self.average, self.every = warmup, average, every
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.seed)
@@ -72,25 +79,30 @@ class Run:
 
     def _resume(self):
         first_of_cooldown = self.steps - self.cooldown
+        if first_of_cooldown < 0:
+            raise SystemExit(f"a --cooldown of {self.cooldown} does not fit into --steps {self.steps}")
+        used = False
         for name in ("state.pt", "trunk.pt"):
             path = self.folder / name
             if not path.exists():
                 continue
+            used = True
             state = torch.load(path, map_location=self.device, weights_only=False)
-            # A state from within a cooldown does not go on at the full rate.
-            if state["cooldown_from"] is not None and state["cooldown_from"] != first_of_cooldown:
+            before = state.get("settings", {})
+            if other := ", ".join(name for name in self.settings if before.get(name) != self.settings[name]):
+                raise SystemExit(f"the run in {self.folder} was begun with other {other}: move it away, or give this one another --name")
+            # A state from within a cooldown serves that one alone, one at the full rate all that begin later.
+            begun = state["cooldown_from"]
+            if begun != first_of_cooldown and (begun is not None or state["step"] > first_of_cooldown):
                 continue
-            before = state.get("settings", self.settings)
-            if other := ", ".join(f"--{name.replace('_', '-')}" for name in self.settings if before.get(name) != self.settings[name]):
-                raise SystemExit(f"the run in {self.folder} was begun with another {other}: move it away, or give this one another --name")
-            if state["step"] > self.steps:
-                raise SystemExit(f"the run in {self.folder} is at step {state['step']} already: more --steps, or another --name for a shorter one")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step, self.seconds, self.loss = state["ema"], state["step"], state["seconds"], state["loss"]
             self.generator.set_state(state["generator"].cpu())
             self.say(f"goes on from {name}" + (", whose crops were drawn in another way" if "rng" in state else ""))
             return
+        if used:
+            raise SystemExit(f"no state in {self.folder} fits a cooldown from step {first_of_cooldown}: more --steps, or another --name for a shorter run")
 
     def save(self, name="state.pt"):
         first_of_cooldown = self.steps - self.cooldown
