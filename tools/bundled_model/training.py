@@ -34,9 +34,9 @@ def trained(text):
     return Path(text)
 
 
-def checksum(*paths):
-    """Of files, and of the weights in folders."""
-    files = [file for path in paths for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
+def checksum(path):
+    """Of a file, or of the weights in a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
