@@ -14,8 +14,8 @@
 //! # }
 //! ```
 //!
-//! On an H200 the pictures of optimisations, by graphs with memory of their own each, were those of the same run without graphs, to 0.1 grey levels
-//! of 255 at most, in f32, bf16 and f16. Since then graphs share their memory, and guided sampling has them, too: neither has been on a GPU yet. Other GPUs and other networks than a
+//! On an H200 the pictures of optimisations and of guided sampling (plain, guided, with regions, in windows) by graphs are those of the same
+//! run without, to 0.1 grey levels of 255, in f32, bf16 and f16, and further runs take no further memory. Other GPUs and other networks than a
 //! U-Net have not been tried. On the CPU a [`Recorder`] that does the work again instead of repeating it is tested with both procedures.
 //!
 //! # What it needs
