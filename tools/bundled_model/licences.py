@@ -150,6 +150,7 @@ class Licences:
                     break
         elif self.source.licence != "listed":
             terms.licence = self.source.licence
+        excluded = ""
         for entry in self.source.file:
             if fnmatch.fnmatchcase(path, entry["path"]):
                 terms.licence = entry.get("licence", terms.licence)
@@ -159,7 +160,8 @@ class Licences:
                 terms.title = entry.get("title", terms.title)
                 terms.group = entry.get("group", terms.group)
                 if entry.get("exclude"):
-                    terms.refused = "excluded: " + str(entry["exclude"])
+                    excluded = "excluded: " + str(entry["exclude"])
+        terms.refused = excluded or terms.refused
         if self.source.kind != "folder" and not terms.refused and not permissive(terms.licence):
             terms.refused = f"licence {terms.licence or 'unknown'}"
         if self.source.kind != "folder" and not terms.refused and unnamed(terms.author):

@@ -95,6 +95,74 @@ class CopyrightFile(unittest.TestCase):
         self.assertEqual(terms_of(text, "images/a.jpg", blanket="all drawn by the author").refused, "")
 
 
+README = """\
+These pictures are free.
+
+sea.jpg, shore.jpg
+Copyright: Ann
+License: CC-BY 3.0
+Source: https://example.org/terms.html
+
+wood.jpg
+Copyright: Bob
+License: CC-BY-SA 3.0
+
+lake.jpg
+License: CC0
+"""
+
+
+def source_of(licence, file=(), author="", kind="npm"):
+    return types.SimpleNamespace(kind=kind, licence=licence, group="photograph", author=author, blanket="", roots={}, extensions=[], file=list(file))
+
+
+class Readme(unittest.TestCase):
+    def of(self, path, **more):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "art/scenes").mkdir(parents=True)
+            Path(folder, "art/scenes/README").write_text(README)
+            return Licences(source_of("readme", **more), Path(folder)).of(path)
+
+    def test_names_its_files(self):
+        terms = self.of("art/scenes/shore.jpg")
+        self.assertEqual((terms.licence, terms.author, terms.refused), ("CC-BY-3.0", "Ann", ""))
+        self.assertIn("CC-BY-SA", self.of("art/scenes/wood.jpg").refused)
+
+    def test_says_nothing_of_others(self):
+        for path in ("art/scenes/hill.jpg", "art/sea.jpg", "art/scenes/terms.html"):
+            self.assertIn("unknown", self.of(path).refused, path)
+
+    def test_without_an_author(self):
+        self.assertIn("nobody is named", self.of("art/scenes/lake.jpg").refused)
+        self.assertEqual(self.of("art/scenes/lake.jpg", file=[{"path": "*/lake.jpg", "author": "Carol"}]).refused, "")
+
+
+class Files(unittest.TestCase):
+    """What a source says of single files."""
+
+    def of(self, path, *file, licence="listed", **more):
+        return Licences(source_of(licence, file, **more), Path("nowhere")).of(path)
+
+    def test_only_what_is_listed(self):
+        listed = {"path": "*/a.jpg", "licence": "CC0-1.0", "author": "Ann", "title": "A", "group": "painting"}
+        terms = self.of("art/a.jpg", listed)
+        self.assertEqual((terms.licence, terms.author, terms.title, terms.group, terms.refused), ("CC0-1.0", "Ann", "A", "painting", ""))
+        self.assertIn("unknown", self.of("art/b.jpg", listed).refused)
+
+    def test_overrules_the_source(self):
+        self.assertEqual(self.of("a.jpg", licence="CC0-1.0", author="Ann").refused, "")
+        self.assertIn("GPL-3", self.of("a.jpg", {"path": "a.jpg", "licence": "GPL-3"}, licence="CC0-1.0", author="Ann").refused)
+        self.assertIn("blurred", self.of("a.jpg", {"path": "a*", "exclude": "blurred"}, licence="CC0-1.0", author="Ann").refused)
+
+    def test_a_licence_does_not_bring_back_what_is_excluded(self):
+        excluded, licensed = {"path": "a*", "exclude": "ours"}, {"path": "*.jpg", "licence": "CC0-1.0", "author": "Ann"}
+        for entries in ((licensed, excluded), (excluded, licensed)):
+            self.assertIn("excluded", self.of("a.jpg", *entries).refused)
+
+    def test_a_folder_of_ones_own_needs_none(self):
+        self.assertEqual(self.of("a.jpg", licence="", kind="folder").refused, "")
+
+
 class Authors(unittest.TestCase):
     def test_named(self):
         for authors in ("2016 Ann", "Published Public Domain ???? by Para; 2018 Bob", "Unidentified artist", "NASA", "Anonymous"):
