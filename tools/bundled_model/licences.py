@@ -78,9 +78,13 @@ def readme_terms(text):
         if "License" not in fields:
             continue
         licence = re.sub(r"^CC-BY (?=\d)", "CC-BY-", fields["License"].strip())
-        listed = re.sub(r"^(Copyright|License|Source|Comments?):.*$", "", block, flags=re.MULTILINE)
+        # All but the list of files, with what is indented below it.
+        listed = re.sub(r"^(?!Files?:)[A-Z]\w*:.*(?:\n[ \t]+.*)*", "", block, flags=re.MULTILINE)
+        said = (licence, fields.get("Copyright", "").strip())
         for name in re.findall(r"[^\s,:]+\.\w{3,4}\b", listed):
-            terms[name] = (licence, fields.get("Copyright", "").strip())
+            before = terms.get(name, said)
+            # Named twice, it must pass both times.
+            terms[name] = said if before == said else (f"{before[0]} and {licence}", f"{before[1]}; {said[1]}")
     return terms
 
 

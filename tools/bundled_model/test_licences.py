@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """python3 test_licences.py: what may be trained on. Wants nothing but Python."""
 
+import struct
 import tempfile
 import types
 import unittest
@@ -45,13 +46,13 @@ License: CC-BY-4.0
 """
 
 
-def terms_of(copyright_file, path, blanket=""):
+def terms_of(copyright_file, path, blanket="", file=()):
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "usr/share/doc/game/copyright")
-        file.parent.mkdir(parents=True)
-        file.write_text(copyright_file)
+        path_of_it = Path(folder, "usr/share/doc/game/copyright")
+        path_of_it.parent.mkdir(parents=True)
+        path_of_it.write_text(copyright_file)
         source = types.SimpleNamespace(
-            kind="debian", licence="copyright-file", group="photograph", author="", blanket=blanket, roots={"usr/share/game/": ""}, extensions=[], file=[]
+            kind="debian", licence="copyright-file", group="photograph", author="", blanket=blanket, roots={"usr/share/game/": ""}, extensions=[], file=list(file)
         )
         return Licences(source, Path(folder)).of(f"usr/share/game/{path}")
 
@@ -101,15 +102,42 @@ These pictures are free.
 sea.jpg, shore.jpg
 Copyright: Ann
 License: CC-BY 3.0
-Source: https://example.org/terms.html
+Source: cover.jpg
+  inset.jpg
 
+Files:
 wood.jpg
+far/dune.jpg
 Copyright: Bob
 License: CC-BY-SA 3.0
+
+Files: twice.jpg
+Copyright: Bob
+License: CC-BY-SA 3.0
+
+Files: twice.jpg
+Copyright: Carol
+License: CC0
+
+Files: bare.jpg
+Copyright: Carol
 
 lake.jpg
 License: CC0
 """
+
+
+def qt_resources(name, content):
+    """A binary Qt resource file with one file in one folder."""
+    folder, file = Path(name).parts
+    at, names = [], b""
+    for part in (folder, file):
+        at.append(len(names))
+        names += struct.pack(">HI", len(part), 0) + part.encode("utf-16-be")
+    nodes = [struct.pack(">IHII", 0, 2, 1, 1), struct.pack(">IHII", at[0], 2, 1, 2), struct.pack(">IHHHI", at[1], 0, 0, 0, 0)]
+    tree = b"".join(nodes)
+    payload = struct.pack(">I", len(content)) + content
+    return struct.pack(">4sIIII", b"qres", 1, 20, 20 + len(tree), 20 + len(tree) + len(payload)) + tree + payload + names
 
 
 def source_of(licence, file=(), author="", kind="npm"):
@@ -128,9 +156,21 @@ class Readme(unittest.TestCase):
         self.assertEqual((terms.licence, terms.author, terms.refused), ("CC-BY-3.0", "Ann", ""))
         self.assertIn("CC-BY-SA", self.of("art/scenes/wood.jpg").refused)
 
+        self.assertIn("CC-BY-SA", self.of("art/scenes/far/dune.jpg").refused)
+
     def test_says_nothing_of_others(self):
-        for path in ("art/scenes/hill.jpg", "art/sea.jpg", "art/scenes/terms.html"):
+        for path in ("art/scenes/hill.jpg", "art/sea.jpg", "art/scenes/cover.jpg", "art/scenes/inset.jpg", "art/scenes/bare.jpg"):
             self.assertIn("unknown", self.of(path).refused, path)
+
+    def test_named_twice(self):
+        self.assertIn("CC-BY-SA", self.of("art/scenes/twice.jpg").refused)
+
+    def test_within_qt_resources(self):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "art.rcc").write_bytes(qt_resources("scenes/README", README.encode()))
+            licences = Licences(source_of("readme"), Path(folder))
+            self.assertEqual((licences.of("art.rcc/scenes/sea.jpg").author, licences.of("art.rcc/scenes/sea.jpg").refused), ("Ann", ""))
+            self.assertIn("CC-BY-SA", licences.of("art.rcc/scenes/wood.jpg").refused)
 
     def test_without_an_author(self):
         self.assertIn("nobody is named", self.of("art/scenes/lake.jpg").refused)
@@ -153,6 +193,12 @@ class Files(unittest.TestCase):
         self.assertEqual(self.of("a.jpg", licence="CC0-1.0", author="Ann").refused, "")
         self.assertIn("GPL-3", self.of("a.jpg", {"path": "a.jpg", "licence": "GPL-3"}, licence="CC0-1.0", author="Ann").refused)
         self.assertIn("blurred", self.of("a.jpg", {"path": "a*", "exclude": "blurred"}, licence="CC0-1.0", author="Ann").refused)
+
+    def test_a_licence_overrules_debian_copyright(self):
+        text = "Files: *\nCopyright: 2015 Somebody\nLicense: CC0-1.0\n"
+        said = {"path": "*/a.jpg", "licence": "CC-BY-4.0", "author": "Ann"}
+        self.assertEqual(terms_of(text, "images/a.jpg", file=[said]).refused, "")
+        self.assertIn("blanket", terms_of(text, "images/b.jpg", file=[said]).refused)
 
     def test_a_licence_does_not_bring_back_what_is_excluded(self):
         excluded, licensed = {"path": "a*", "exclude": "ours"}, {"path": "*.jpg", "licence": "CC0-1.0", "author": "Ann"}
