@@ -155,7 +155,6 @@ class Readme(unittest.TestCase):
         terms = self.of("art/scenes/shore.jpg")
         self.assertEqual((terms.licence, terms.author, terms.refused), ("CC-BY-3.0", "Ann", ""))
         self.assertIn("CC-BY-SA", self.of("art/scenes/wood.jpg").refused)
-
         self.assertIn("CC-BY-SA", self.of("art/scenes/far/dune.jpg").refused)
 
     def test_says_nothing_of_others(self):
