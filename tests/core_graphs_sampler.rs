@@ -13,7 +13,7 @@ use attention_distillation::{
 use graphs::{Again, Noting, NotingLoss};
 use std::sync::{Arc, Mutex};
 use tch::{Kind, Tensor};
-use toy::{assert_same, latents, relative, Toy, Trouble};
+use toy::{assert_same, assert_same_run, latents, relative, Toy, Trouble};
 
 type Run<'a> = GuidedSampler<&'a Noting>;
 
@@ -356,7 +356,7 @@ fn what_cannot_be_captured_leaves_a_run_to_go_on_without() {
         assert_same(&run.run().latents, &before);
         assert!(format!("{run:?}").contains("graphs: 0"));
         let mut run = run.into_run();
-        assert_same(&run.finish().unwrap(), &wanted);
+        assert_same_run(&run.finish().unwrap(), &wanted);
     }
 }
 

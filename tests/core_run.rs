@@ -8,7 +8,7 @@ use attention_distillation::{
     GradientDescent, Optimizer, Progress, References, Result, Scheduler, Spacing, Style, TotalLoss,
 };
 use tch::{Device, Kind, Tensor};
-use toy::{assert_same, difference, extractor, latents, number, Toy, Trouble};
+use toy::{assert_same, assert_same_run, difference, extractor, latents, number, Toy, Trouble};
 
 fn times(steps: usize) -> Vec<f64> {
     (0..steps).rev().map(|i| 1.0 + (1000 / steps * i) as f64).collect()
@@ -133,7 +133,7 @@ fn a_step_costs_what_it_must_and_no_more() {
 #[test]
 fn kept_features_of_references_give_the_same_run_without_their_passes() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let expected = transfer(&toy, 5).finish().unwrap();
     let mut run = transfer(&toy, 5);
     let kept: Vec<References<Features>> = times(5).into_iter().map(|t| run.extractor.references(&run.references, t).unwrap()).collect();
@@ -143,13 +143,13 @@ fn kept_features_of_references_give_the_same_run_without_their_passes() {
     }
     assert!(run.advance_towards(&kept[0]).unwrap().is_none());
     assert_eq!(toy.forwards.get() - before, 5);
-    assert_same(&run.latents, &expected);
+    assert_same_run(&run.latents, &expected);
 }
 
 #[test]
 fn runs_with_one_style_share_its_features() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let contents = [latents(30, 6, 8), latents(31, 6, 8), latents(32, 4, 4)];
     let finish = |style: Style, content: &Tensor| {
         let before = toy.forwards.get();
@@ -162,7 +162,7 @@ fn runs_with_one_style_share_its_features() {
     for (i, content) in contents.iter().enumerate() {
         let (expected, _) = finish(Style::new(style.of.shallow_clone()), content);
         let (picture, passes) = finish(style.shallow_clone(), content);
-        assert_same(&picture, &expected);
+        assert_same_run(&picture, &expected);
         assert_eq!(passes, if i == 0 { 9 } else { 6 }, "the style's passes are made once");
         assert_eq!(cache.len(), 3);
     }
@@ -171,7 +171,7 @@ fn runs_with_one_style_share_its_features() {
     let small = FeatureCache::new(cache.bytes() * 2 / 3);
     for passes in [9, 7, 7] {
         let (picture, made) = finish(Style::new(style.of.shallow_clone()).with_cache(small.clone()), &contents[0]);
-        assert_same(&picture, &finish(style.shallow_clone(), &contents[0]).0);
+        assert_same_run(&picture, &finish(style.shallow_clone(), &contents[0]).0);
         assert_eq!((made, small.len()), (passes, 2));
         assert!(small.bytes() <= cache.bytes() * 2 / 3);
     }
@@ -204,7 +204,7 @@ fn a_saved_run_goes_on_to_the_same_picture() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("run.safetensors");
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let make = || {
         let mut run = transfer(&toy, 20);
         run.iterations = 2;
@@ -223,13 +223,13 @@ fn a_saved_run_goes_on_to_the_same_picture() {
         let loaded = Checkpoint::load(&file).unwrap();
         assert_eq!((loaded.step, loaded.steps), (stop, 20));
         // In a process of its own nothing is left of the network's counters, and nothing of another optimizer's past.
-        let other = Toy::new(Kind::Float);
+        let other = Toy::new(Kind::Double);
         let mut next = Distiller::style_transfer(extractor(&other), times(20), references(), 0.25).unwrap();
         next.iterations = 2;
         next.advance().unwrap();
         next.resume(&loaded).unwrap();
         assert_eq!(next.step, stop);
-        assert_same(&next.finish().unwrap(), &expected);
+        assert_same_run(&next.finish().unwrap(), &expected);
     }
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["run.safetensors"], "no temporary file is left");
@@ -238,7 +238,7 @@ fn a_saved_run_goes_on_to_the_same_picture() {
 #[test]
 fn resuming_without_a_file_shares_nothing() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let mut run = transfer(&toy, 6);
     run.advance().unwrap();
     let checkpoint = run.checkpoint().unwrap();
@@ -248,15 +248,15 @@ fn resuming_without_a_file_shares_nothing() {
         next.resume(&checkpoint).unwrap();
         ends.push(next.finish().unwrap());
     }
-    assert_same(&ends[0], &ends[1]);
-    assert_same(&ends[0], &run.finish().unwrap());
+    assert_same_run(&ends[0], &ends[1]);
+    assert_same_run(&ends[0], &run.finish().unwrap());
 }
 
 #[test]
 fn an_error_leaves_the_run_at_its_last_finished_step() {
     tch::set_num_threads(1);
     let undisturbed = {
-        let toy = Toy::new(Kind::Float);
+        let toy = Toy::new(Kind::Double);
         let mut run = transfer(&toy, 6);
         run.iterations = 3;
         run.finish().unwrap()
@@ -264,7 +264,7 @@ fn an_error_leaves_the_run_at_its_last_finished_step() {
     // A step is two passes of references and three of the picture: each may fail, in the first step and later.
     for trouble in [Trouble::Memory, Trouble::Broken] {
         for at in 1..=15 {
-            let toy = Toy::new(Kind::Float);
+            let toy = Toy::new(Kind::Double);
             let mut run = transfer(&toy, 6);
             run.iterations = 3;
             toy.fail_at(at, trouble);
@@ -280,7 +280,7 @@ fn an_error_leaves_the_run_at_its_last_finished_step() {
             assert_eq!(error.is_out_of_memory(), trouble == Trouble::Memory);
             assert_untouched(&run, &before);
             // The same call again, to the same picture.
-            assert_same(&run.finish().unwrap(), &undisturbed);
+            assert_same_run(&run.finish().unwrap(), &undisturbed);
         }
     }
 }
@@ -290,7 +290,7 @@ fn a_run_may_be_saved_after_an_error() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("run.safetensors");
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let expected = transfer(&toy, 6).finish().unwrap();
     let mut run = transfer(&toy, 6);
     toy.fail_at(9, Trouble::Memory); // the third step's last pass
@@ -299,13 +299,13 @@ fn a_run_may_be_saved_after_an_error() {
     let mut next = transfer(&toy, 6);
     next.resume(&Checkpoint::load(&file).unwrap()).unwrap();
     assert_eq!(next.step, 2);
-    assert_same(&next.finish().unwrap(), &expected);
+    assert_same_run(&next.finish().unwrap(), &expected);
 }
 
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run_and_names_the_step() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let expected = transfer(&toy, 5).finish().unwrap();
     for iterations in [1, 2] {
         let mut run = transfer(&toy, 5);
@@ -320,14 +320,14 @@ fn a_loss_that_is_not_finite_ends_the_run_and_names_the_step() {
         assert_untouched(&run, &before);
         toy.nan_at.set(None);
         run.iterations = 1;
-        assert_same(&run.finish().unwrap(), &expected);
+        assert_same_run(&run.finish().unwrap(), &expected);
     }
 }
 
 #[test]
 fn latents_that_are_not_finite_end_the_run_and_name_the_step() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let expected = transfer(&toy, 5).finish().unwrap();
     let mut run = transfer(&toy, 5);
     run.advance().unwrap();
@@ -339,7 +339,7 @@ fn latents_that_are_not_finite_end_the_run_and_name_the_step() {
     assert!(error.to_string().contains("step 2 (timestep 601)"), "{error}");
     assert_untouched(&run, &before);
     run.optimizer.config.learning_rate = 0.05;
-    assert_same(&run.finish().unwrap(), &expected);
+    assert_same_run(&run.finish().unwrap(), &expected);
     // Latents that were so from the beginning.
     let mut run = transfer(&toy, 5);
     run.latents = &run.latents * f64::NAN;
@@ -365,7 +365,7 @@ fn the_last_step_is_looked_at_too() {
 #[test]
 fn bad_settings_are_refused_and_the_run_stays() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let expected = transfer(&toy, 4).finish().unwrap();
     type Spoil = fn(&mut Distiller<&Toy>);
     let spoiled: [(&str, Spoil); 9] = [
@@ -391,14 +391,14 @@ fn bad_settings_are_refused_and_the_run_stays() {
         let sound = transfer(&toy, 4);
         (run.iterations, run.optimizer.config, run.timesteps, run.extractor, run.loss) =
             (1, sound.optimizer.config, sound.timesteps, sound.extractor, sound.loss);
-        assert_same(&run.finish().unwrap(), &expected);
+        assert_same_run(&run.finish().unwrap(), &expected);
     }
 }
 
 #[test]
 fn style_transfer_needs_a_content_and_a_sound_weight() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let make = |references, weight| Distiller::style_transfer(extractor(&toy), times(2), references, weight);
     assert!(matches!(make(References::style(latents(9, 8, 8)), 0.25), Err(Error::Argument { argument: "references", .. })));
     for weight in [f64::NAN, -0.25, f64::INFINITY] {
@@ -406,7 +406,7 @@ fn style_transfer_needs_a_content_and_a_sound_weight() {
     }
     // 0 is the AD loss alone.
     let mut alone = Distiller::new(extractor(&toy), times(2), references(), latents(8, 6, 8));
-    assert_same(&make(references(), 0.0).unwrap().finish().unwrap(), &alone.finish().unwrap());
+    assert_same_run(&make(references(), 0.0).unwrap().finish().unwrap(), &alone.finish().unwrap());
     // Without any style there is nothing to do.
     let none = References::styles([]).with_content(latents(8, 6, 8));
     assert!(make(none, 0.25).unwrap().finish().is_err());
@@ -502,7 +502,7 @@ fn any_shape_and_any_number_of_styles_will_do() {
 #[test]
 fn gradient_descent_runs_and_resumes() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let make = || transfer(&toy, 30).with_optimizer(GradientDescent { learning_rate: 0.3 });
     let mut run = make();
     let found = losses(&mut run);
@@ -515,7 +515,7 @@ fn gradient_descent_runs_and_resumes() {
     assert!(checkpoint.optimizer.is_empty());
     let mut next = make();
     next.resume(&checkpoint).unwrap();
-    assert_same(&next.finish().unwrap(), &run.latents);
+    assert_same_run(&next.finish().unwrap(), &run.latents);
     // Changing the optimizer keeps where the run is.
     let (step, z) = (half.step, half.latents.copy());
     let swapped = half.with_optimizer(Adam::default());
@@ -637,14 +637,14 @@ fn everything_crosses_threads() {
     shareable::<Error>();
     // In practice, too: half of the steps there, half here.
     let run = |toy| Distiller::style_transfer(FeatureExtractor::new(toy, 1.0, 2..4), times(4), references(), 0.25).unwrap();
-    let expected = run(Toy::new(Kind::Float)).finish().unwrap();
-    let mut moved = run(Toy::new(Kind::Float));
+    let expected = run(Toy::new(Kind::Double)).finish().unwrap();
+    let mut moved = run(Toy::new(Kind::Double));
     moved.advance().unwrap();
     let there = std::thread::spawn(move || {
         moved.advance().unwrap();
         moved
     });
-    assert_same(&there.join().unwrap().finish().unwrap(), &expected);
+    assert_same_run(&there.join().unwrap().finish().unwrap(), &expected);
 }
 
 #[test]

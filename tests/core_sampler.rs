@@ -12,7 +12,7 @@ use std::sync::{
     Arc, Mutex,
 };
 use tch::{Device, Kind, Tensor};
-use toy::{assert_same, difference, extractor, latents, noise, number, Toy, Trouble};
+use toy::{assert_same, assert_same_run, difference, extractor, latents, noise, number, Toy, Trouble};
 
 fn ddim(steps: usize) -> Ddim {
     Ddim::new(&DdimConfig::default(), steps).unwrap()
@@ -201,16 +201,16 @@ fn a_step_costs_what_it_must_and_no_more() {
 #[test]
 fn the_same_seed_gives_the_same_picture_and_another_another() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let made = |seed: u64| with_noise(sampler(&toy, 3), Noise::seeded(seed)).finish().unwrap();
-    assert_same(&made(1), &made(1));
+    assert_same_run(&made(1), &made(1));
     assert!(difference(&made(1), &made(2)) > 1e-2);
 }
 
 #[test]
 fn an_error_leaves_the_run_where_it_was_and_the_step_is_made_again() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let expected = sampler(&toy, 3).finish().unwrap();
     // A source without a state of its own is rewound as well; it gives what the seeded one gives.
     let custom = || {
@@ -229,7 +229,7 @@ fn an_error_leaves_the_run_where_it_was_and_the_step_is_made_again() {
                 assert_eq!(run.step, 1, "pass {fails}");
                 assert_same(&run.latents, &before);
             }
-            assert_same(&run.finish().unwrap(), &expected);
+            assert_same_run(&run.finish().unwrap(), &expected);
         }
     }
 }
@@ -237,7 +237,7 @@ fn an_error_leaves_the_run_where_it_was_and_the_step_is_made_again() {
 #[test]
 fn a_saved_run_goes_on_to_the_same_picture() {
     tch::set_num_threads(1);
-    let toy = Toy::new(Kind::Float);
+    let toy = Toy::new(Kind::Double);
     let expected = pictures(&mut sampler(&toy, 4));
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("run.safetensors");
@@ -251,7 +251,7 @@ fn a_saved_run_goes_on_to_the_same_picture() {
         other.latents = noise(1, &[1, 4, 6, 8]);
         other.resume(&Checkpoint::load(&file).unwrap()).unwrap();
         assert_eq!(other.step, stop);
-        assert_same(&other.finish().unwrap(), &expected[3]);
+        assert_same_run(&other.finish().unwrap(), &expected[3]);
     }
     // A run of the other procedure, or with another kind of noise, is another run.
     let times: Vec<f64> = ddim(4).timesteps().to_vec();
@@ -268,7 +268,7 @@ fn a_saved_run_goes_on_to_the_same_picture() {
     let mut run = sampler(&toy, 4);
     assert!(matches!(run.resume(&damaged), Err(Error::Argument { argument: "noise state", .. })));
     assert_eq!(run.step, 0, "the run is as it was");
-    assert_same(&run.finish().unwrap(), &expected[3]);
+    assert_same_run(&run.finish().unwrap(), &expected[3]);
     let mut longer = sampler(&toy, 5);
     assert!(matches!(longer.resume(&Checkpoint::load(&file).unwrap()), Err(Error::Argument { argument: "checkpoint", .. })));
 }

@@ -256,6 +256,17 @@ pub fn assert_same(a: &Tensor, b: &Tensor) {
     assert_eq!(difference(a, b), 0.0);
 }
 
+/// The latents, in f32, of two runs of a network in f64 that do the same work.
+///
+/// They are the same to the last bit wherever libtorch computes the same operation twice alike, which it promises nowhere: one run in
+/// f32 came out .00005 from its twin. What a run must not do, a step made twice or with other noise, moves latents by .01 and more.
+#[track_caller]
+pub fn assert_same_run(a: &Tensor, b: &Tensor) {
+    assert_eq!(a.kind(), b.kind());
+    let apart = difference(a, b);
+    assert!(apart < 1e-5, "{apart:e} apart");
+}
+
 pub fn number(t: &Tensor) -> f64 {
     t.double_value(&[])
 }
