@@ -5,7 +5,7 @@
 
 The same case is run for two numbers of timesteps, and what the longer run has more of is divided by the timesteps that it has
 more, so that loading, encoding and decoding fall out. CUPTI watches from outside (`kernels.cpp`, built here with the headers
-and the library that come with PyTorch), within CUDA graphs, too; being watched slows a program down, so the time of a
+and the library that `make libtorch` brings), within CUDA graphs, too; being watched slows a program down, so the time of a
 timestep is that of `compare.py`. Kernels that run side by side count twice.
 """
 
@@ -26,8 +26,8 @@ KINDS = [
     ("attention, backward", r"flash_bwd|fmha_cutlassB|mha_bwd|flash::.*bwd|dot_do_o"),
     ("attention, forward", r"flash_fwd|fmha_cutlassF|flash::|pytorch_flash|fmha"),
     ("layout of convolutions", r"nchwToNhwc|nhwcToNchw|nhwcAddPadding|tensorTransform"),
-    ("convolutions", r"conv|dgrad|fprop|wgrad|xmma|implicit|winograd"),
-    ("matrix products", r"gemm|nvjet|cublas|splitK|cutlass"),
+    ("convolutions", r"conv(?!ert)|dgrad|fprop|wgrad|implicit|winograd|xmma_(?!gemm)"),
+    ("matrix products", r"gemm|gemv|nvjet|cublas|splitK|cutlass"),
     ("norms", r"RowwiseMoments|ComputeFused|group_?norm|layer_?norm|GammaBeta|ComputeInternalGradients|ComputeBackwardFused"),
     ("Adam", r"multi_tensor|adam"),
     ("copies, casts, concatenation", r"copy|CatArray|memcpy|memset|fill|FillFunctor"),
@@ -58,17 +58,13 @@ def arguments():
 
 
 def build(folder):
-    """With the CUPTI that came with PyTorch."""
-    import torch
-
-    cuda = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
-    found = sorted((cuda / "lib").glob("libcupti.so.*"))
-    if not found or not (cuda / "include" / "cupti.h").exists():
-        raise SystemExit(f"error: no CUPTI in {cuda}; --library takes one that was built elsewhere")
-    library = folder / "libkernels.so"
-    rpath = f"-Wl,-rpath,{cuda / 'lib'}"
-    command = ["c++", "-std=c++17", "-O2", "-shared", "-fPIC", HERE / "kernels.cpp", f"-I{cuda / 'include'}", found[0], rpath, "-o", library]
-    subprocess.run(command, check=True)
+    """With the CUPTI that `make libtorch` puts beside libtorch."""
+    found = sorted((HERE.parents[1] / ".libtorch" / "nvidia").glob("cu*/lib/libcupti.so.*"))
+    if not found:
+        raise SystemExit("error: no CUPTI in .libtorch: run `make libtorch`, or build kernels.cpp and name it by --library")
+    cupti, library = found[-1], folder / "libkernels.so"
+    paths = [f"-I{cupti.parents[1] / 'include'}", cupti, f"-Wl,-rpath,{cupti.parent}"]
+    subprocess.run(["c++", "-std=c++17", "-O2", "-shared", "-fPIC", HERE / "kernels.cpp", *paths, "-o", library], check=True)
     return library
 
 
@@ -91,6 +87,8 @@ def kernels(args, steps, library, model, folder):
         number, nanoseconds, name = line.split("\t", 2)
         count[name] += int(number)
         time[name] += int(nanoseconds)
+    if not count:
+        raise SystemExit(f"error: CUPTI told of no kernel\n{ran.stdout[-3000:]}")
     return count, time
 
 
@@ -113,6 +111,8 @@ def table(head, rows):
 def main():
     args = arguments()
     few, many = args.between
+    if args.program == "crate" and not (args.examples / CASES[args.case].task).is_file():
+        raise SystemExit(f"error: no {args.examples / CASES[args.case].task}; run `cargo build --release --examples --features cuda-graphs`")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         library = args.library or build(folder)
