@@ -74,7 +74,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     if tuning.epoch() > 0 {
         let kept = tuning.vae().save(&flags.output);
         if let (Err(_), Ok(())) = (&outcome, &kept) {
-            eprintln!("epoch {} of {} is kept in {}", tuning.epoch(), flags.epochs, flags.output.display());
+            common::say(format_args!("epoch {} of {} is kept in {}", tuning.epoch(), flags.epochs, flags.output.display()));
         }
         outcome.and(kept)?;
     } else {
@@ -95,10 +95,10 @@ fn tune(tuning: &mut DecoderTuning<AutoencoderKl>) -> Result<()> {
         let (epoch, epochs) = (progress.epoch, progress.epochs);
         if epoch == epochs || epoch % (epochs / 10).max(1) == 0 {
             let left = started.elapsed().as_secs_f64() / epoch as f64 * (epochs - epoch) as f64;
-            eprintln!("epoch {epoch}/{epochs} loss {:.4} PSNR {:.2} dB, {left:.0} s left", progress.loss, progress.psnr);
+            common::say(format_args!("epoch {epoch}/{epochs} loss {:.4} PSNR {:.2} dB, {left:.0} s left", progress.loss, progress.psnr));
         }
         if common::stopped() && epoch < epochs {
-            eprintln!("stopped after epoch {epoch} of {epochs}");
+            common::say(format_args!("stopped after epoch {epoch} of {epochs}"));
             break;
         }
     }

@@ -45,7 +45,7 @@ fn main() -> ExitCode {
         },
         Err(error) => {
             // libtorch's messages may have several lines.
-            eprintln!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
+            let _ = writeln!(std::io::stderr(), "error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
             ExitCode::FAILURE
         }
     }

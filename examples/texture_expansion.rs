@@ -47,7 +47,8 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let shared = &flags.shared;
     shared.over(Settings::texture_expansion())?;
     let windows = |size| Windows::new(size, flags.stride).with_batch(flags.view_batch).with_reference_per_batch(flags.reference_per_batch);
-    windows(flags.window.unwrap_or(Windows::default().size)).check()?;
+    // A window that only the model knows is looked at below; here at what no window would do for.
+    windows(flags.window.unwrap_or(flags.stride.max(1))).check()?;
     let files = common::files(shared, 1);
     common::check_outputs(shared, &files)?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;

@@ -72,6 +72,9 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     flags.tile.warn(size, model.vae().factor() * model.unet().factor());
     let styles = common::scaled_to_area(&model, &styles, size)?;
     let mut references = common::references(&model, &styles, None)?;
+    // Also says whether so many pictures can be made at once, before any is filled.
+    let mut noise = Noise::seeded(shared.seed);
+    let start = model.noise(flags.count.into(), size, &mut noise)?;
     let mut layout = None;
     if let Some(regions) = &regions {
         if filled {
@@ -86,8 +89,6 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     }
 
     let extractor = common::extractor(&model, &settings, size)?;
-    let mut noise = Noise::seeded(shared.seed);
-    let start = model.noise(flags.count.into(), size, &mut noise)?;
     let (pictures, _) = if flags.method == Method::Sample {
         let guidance = model.guidance(&[""], None, settings.guidance, size)?;
         let filled = references.content.as_ref().map(Tensor::shallow_clone);

@@ -168,7 +168,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         self.step = step.saturating_sub(1);
         self.optimizer.reset();
         let timestep = self.timesteps.get(self.step).copied().unwrap_or(f64::NAN);
-        Err(Error::NotFinite { what: "latents", step, timestep })
+        Err(Error::NotFinite { what: "loss or latents", step, timestep })
     }
 
     /// All that is left; returns the final latents (another handle on [`latents`](Self::latents)).

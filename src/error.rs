@@ -109,7 +109,7 @@ pub enum Error {
     /// [`GuidedSampler`](crate::GuidedSampler) say what state the run is in then.
     #[error("the {what} became infinite or NaN in step {step}{}; try a lower learning rate, or f32 or bf16 instead of f16", in_brackets(*.timestep))]
     NotFinite {
-        /// `loss`, `latents`, or the `decoder` that is tuned.
+        /// `loss`, `latents`, on a GPU `loss or latents`, or the `decoder` that is tuned.
         what: &'static str,
         /// The step at fault, from 1.
         step: usize,

@@ -50,13 +50,13 @@ impl<D: Denoiser> FeatureExtractor<D> {
     /// Those of one size share passes where the network [takes several](Denoiser::references_at_once) and no style has a cache.
     ///
     /// # Errors
-    /// As [`Features::extract`].
+    /// As [`Features::extract`]; a cache that holds the features of another style.
     pub fn references(&self, latents: &References, timestep: f64) -> Result<References<Features>> {
         if let Some(features) = self.in_few_passes(latents, timestep)? {
             return Ok(features);
         }
         let mut features = latents.try_map_styles(|style| match &style.cache {
-            Some(cache) => cache.features(timestep, &self.layers, || self.reference(&style.of, timestep)),
+            Some(cache) => cache.features(&style.of, timestep, &self.layers, || self.reference(&style.of, timestep)),
             None => self.reference(&style.of, timestep),
         })?;
         features.content = latents.content.as_ref().map(|content| self.reference(content, timestep)).transpose()?;

@@ -1,6 +1,6 @@
 //! Features of a style, kept from one run to the next.
 
-use crate::{Features, Result};
+use crate::{Error, Features, Result};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::Tensor;
@@ -9,7 +9,8 @@ use tch::Tensor;
 /// noise, so that their features depend on the timestep alone. Each run after the first saves one forward pass per timestep.
 ///
 /// Handed to a style by [`Style::with_cache`](crate::Style::with_cache); a clone is another handle on the same features. It is for **one
-/// style under one network and null prompt**: after a change of any take a new one. Samplers put noise on their references and have no use for it.
+/// style under one network and null prompt**: after a change of network or prompt take a new one, or [`clear`](Self::clear) it; another
+/// style's latents are an error. Samplers put noise on their references and have no use for it.
 ///
 /// Features that do not fit into the budget are made anew each time; those that are there stay, since a run asks for all of
 /// its timesteps in turn.
@@ -21,11 +22,31 @@ pub struct FeatureCache {
 
 #[derive(Debug, Default)]
 struct Kept {
+    /// The latents whose features these are. Held on to, so that no other tensor gets their address.
+    of: Option<Tensor>,
     bytes: usize,
     features: Vec<(f64, Range<usize>, Features)>,
 }
 
 impl Kept {
+    /// Of a picture that was encoded anew the numbers are looked at, once.
+    fn check_is_of(&mut self, latents: &Tensor) -> Result<()> {
+        if let Some(of) = &self.of {
+            let alike = of.size() == latents.size() && of.f_kind()? == latents.f_kind()? && of.device() == latents.device();
+            if alike && of.data_ptr() == latents.data_ptr() {
+                return Ok(());
+            }
+            if !alike || !of.f_equal(latents)? {
+                return Err(Error::argument(
+                    "style cache",
+                    "holds features of another style; give each style a `FeatureCache` of its own, or clear it",
+                ));
+            }
+        }
+        self.of = Some(latents.shallow_clone());
+        Ok(())
+    }
+
     fn find(&self, timestep: f64, layers: &Range<usize>) -> Option<&Features> {
         self.features.iter().find(|(at, of, _)| *at == timestep && of == layers).map(|(.., features)| features)
     }
@@ -58,14 +79,29 @@ impl FeatureCache {
         *self.kept() = Kept::default();
     }
 
-    /// What is there, or else what `make` makes, which then stays if it fits.
-    pub(crate) fn features(&self, timestep: f64, layers: &Range<usize>, make: impl FnOnce() -> Result<Features>) -> Result<Features> {
-        if let Some(features) = self.kept().find(timestep, layers) {
-            return Ok(features.shallow_clone());
+    /// What is there of these latents, or else what `make` makes, which then stays if it fits.
+    ///
+    /// # Errors
+    /// Latents of another style than before; as `make`.
+    pub(crate) fn features(
+        &self,
+        latents: &Tensor,
+        timestep: f64,
+        layers: &Range<usize>,
+        make: impl FnOnce() -> Result<Features>,
+    ) -> Result<Features> {
+        {
+            let mut kept = self.kept();
+            kept.check_is_of(latents)?;
+            if let Some(features) = kept.find(timestep, layers) {
+                return Ok(features.shallow_clone());
+            }
         }
         let features = make()?;
         let bytes = features.tensors().map(bytes).fold(0, usize::saturating_add);
         let mut kept = self.kept();
+        // It may have been cleared meanwhile, and serve another style.
+        kept.check_is_of(latents)?;
         // Another thread may have made them meanwhile.
         if kept.bytes.saturating_add(bytes) <= self.budget && kept.find(timestep, layers).is_none() {
             kept.bytes += bytes;

@@ -267,7 +267,7 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
         let Some(step) = self.soundness.first_unsound()? else { return Ok(()) };
         self.step = step.saturating_sub(1);
         let timestep = self.scheduler.timesteps().get(self.step).copied().unwrap_or(f64::NAN);
-        Err(Error::NotFinite { what: "latents", step, timestep })
+        Err(Error::NotFinite { what: "loss or latents", step, timestep })
     }
 
     /// All that is left; returns the final latents (another handle on [`latents`](Self::latents)).

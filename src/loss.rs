@@ -73,10 +73,25 @@ impl AdLoss {
 fn joined(i: usize, query: &Tensor, references: &References<Features>, pick: fn(&LayerFeatures) -> &Tensor) -> Result<Tensor> {
     let (batch, ..) = query.size4()?;
     let there = references.counted().filter_map(|style| style.of.layers().nth(i));
-    let parts = there.map(|layer| Ok(pick(layer).f_expand([batch, -1, -1, -1], false)?)).collect::<Result<Vec<_>>>()?;
+    let parts = there.map(|layer| {
+        serves("style", pick(layer), batch)?;
+        Ok(pick(layer).f_expand([batch, -1, -1, -1], false)?)
+    });
+    let parts = parts.collect::<Result<Vec<_>>>()?;
     match parts.as_slice() {
         [one] => Ok(one.shallow_clone()),
         several => Ok(Tensor::f_cat(several, 2)?),
+    }
+}
+
+/// One reference serves all pictures of a batch, or there is one for each.
+fn serves(name: &'static str, reference: &Tensor, batch: i64) -> Result<()> {
+    match reference.size().first() {
+        Some(&own) if own == 1 || own == batch => Ok(()),
+        _ => {
+            let wanted = format!("a batch of 1, or of {batch} as the pictures; several styles are several entries of `References::styles`");
+            Err(Error::shape(name, wanted, reference.size()))
+        }
     }
 }
 
@@ -103,6 +118,7 @@ impl Loss for ContentLoss {
                     theirs_grid,
                 ));
             }
+            serves("content", &theirs.query, ours_grid.first().copied().unwrap_or(1))?;
             mean_absolute(&ours.query, &theirs.query.f_detach()?.f_expand_as(&ours.query)?)
         }))
     }

@@ -164,7 +164,8 @@ impl LabelMap {
         self.with(areas, self.identity.clone())
     }
 
-    /// On another device. Maps work on any: what a run needs of them is brought to the pictures' own once, and once for each batch of views.
+    /// On another device. Maps work on any: what the losses of a run need of them is brought to the pictures' own once, and
+    /// once for each batch of views; what AdaIN needs, in each step.
     ///
     /// # Errors
     /// libtorch's.

@@ -1,6 +1,7 @@
 //! Whether a picture's size can fit at all: on a CPU the system would end the program without a word. And giving freed memory back.
 
 use crate::{Error, Result};
+use std::path::{Path, PathBuf};
 
 /// Refuses what needs more bytes than this machine has free, where the system tells. GPUs say so themselves.
 pub(crate) fn check(needed: i64, (height, width): (i64, i64)) -> Result<()> {
@@ -31,9 +32,84 @@ pub(crate) fn give_back() {
     }
 }
 
-/// In bytes.
+/// In bytes: what the machine has free, or what a container may still take.
 fn available() -> Option<i64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<i64>().ok()?.checked_mul(1024)
+    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| field(&text, "MemAvailable:")?.checked_mul(1024));
+    let container = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|of| within_limits(&of, Path::new("/sys/fs/cgroup")));
+    machine.into_iter().chain(container).min()
+}
+
+/// The number of a line such as `MemAvailable:  3220 kB`.
+fn field(text: &str, name: &str) -> Option<i64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
+}
+
+/// What the control groups of a process (`/proc/self/cgroup`) may still take, by the tightest of the limits from its own up to the
+/// root's; pages of files that the system can drop are free. Within a container the path is often that on the host, and what is
+/// mounted is the container's own group, which is then the root.
+fn within_limits(groups: &str, root: &Path) -> Option<i64> {
+    let free = |group: PathBuf, limit: &str, used: &str, dropped: &str| {
+        let number = |name: &str| std::fs::read_to_string(group.join(name)).ok()?.trim().parse::<i64>().ok();
+        let droppable = std::fs::read_to_string(group.join("memory.stat")).ok().and_then(|stat| field(&stat, dropped)).unwrap_or(0);
+        // No limit is a word, or a number that no machine has.
+        Some(number(limit)?.saturating_sub(number(used)?).saturating_add(droppable).max(0))
+    };
+    let of = |line: &str| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, Path::new(parts.next()?.trim_start_matches('/')));
+        let ancestors = path.ancestors();
+        if controllers.is_empty() {
+            ancestors.filter_map(|path| free(root.join(path), "memory.max", "memory.current", "inactive_file ")).min()
+        } else if controllers.split(',').any(|name| name == "memory") {
+            let root = root.join("memory");
+            ancestors.filter_map(|path| free(root.join(path), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")).min()
+        } else {
+            None
+        }
+    };
+    groups.lines().filter_map(of).min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tightest_limit_of_a_container_counts() -> std::io::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
+            std::fs::write(path, text)
+        };
+        let free = |groups: &str| within_limits(groups, folder.path());
+        assert_eq!(free("0::/\n"), None, "no limits at all");
+        assert_eq!(free(""), None);
+        write("memory.max", "max\n")?;
+        write("memory.current", "700\n")?;
+        assert_eq!(free("0::/\n"), None, "a word for none");
+        write("a/memory.max", "5000\n")?;
+        write("a/memory.current", "3000\n")?;
+        write("a/memory.stat", "anon 2000\ninactive_file 400\nactive_file 600\n")?;
+        assert_eq!(free("0::/a\n"), Some(2400));
+        write("a/b/memory.max", "9000\n")?;
+        write("a/b/memory.current", "10\n")?;
+        assert_eq!(free("0::/a/b\n"), Some(2400), "its parent's is tighter");
+        write("a/b/memory.max", "1000\n")?;
+        assert_eq!(free("0::/a/b\n"), Some(990));
+        write("a/b/memory.current", "1200\n")?;
+        assert_eq!(free("0::/a/b\n"), Some(0));
+        // The host's path, which is not mounted: the root is the container's own group.
+        write("memory.max", "2000\n")?;
+        assert_eq!(free("0::/docker/1f\n"), Some(1300));
+        // The older hierarchy, one for each controller.
+        write("memory/c/memory.limit_in_bytes", "800\n")?;
+        write("memory/c/memory.usage_in_bytes", "300\n")?;
+        write("memory/c/memory.stat", "inactive_file 1\ntotal_inactive_file 50\n")?;
+        assert_eq!(free("12:cpu,cpuacct:/c\n4:memory:/c\n"), Some(550));
+        write("memory/memory.limit_in_bytes", "9223372036854771712\n")?;
+        write("memory/memory.usage_in_bytes", "600\n")?;
+        assert_eq!(free("4:memory:/docker/1f\n"), Some(9223372036854771712 - 600));
+        Ok(())
+    }
 }

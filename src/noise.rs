@@ -89,12 +89,15 @@ impl Noise {
     /// A state of the other kind, or a tensor that is none; the source is then as it was.
     pub fn load_state(&mut self, state: Option<&Tensor>) -> Result<()> {
         let bad = || Error::argument("noise state", "is none of a seeded generator");
+        if let (Source::Custom { given, again, .. }, None) = (&mut self.0, state) {
+            // What a step that failed had drawn is of the past that the state is not of.
+            *given = None;
+            again.clear();
+            return Ok(());
+        }
         let state = match (&self.0, state) {
             (Source::Seeded { .. }, Some(state)) => state,
-            (Source::Custom { .. }, None) => return Ok(()),
-            (Source::Seeded { .. }, None) => {
-                return Err(Error::argument("noise state", "is missing: it was saved with a source of one's own; bring that"))
-            }
+            (_, None) => return Err(Error::argument("noise state", "is missing: it was saved with a source of one's own; bring that")),
             (Source::Custom { .. }, Some(_)) => return Err(Error::argument("noise state", "is a seeded generator's, and this source is another")),
         };
         if state.f_kind()? != Kind::Int64 || state.dim() != 1 {
@@ -370,6 +373,18 @@ mod tests {
     #[test]
     fn a_source_of_ones_own_is_held_to_its_word() {
         tch::set_num_threads(1);
+        let mut count = 0.0;
+        let mut counting = Noise::from_fn(move |like| {
+            count += 1.0;
+            Ok(like.zeros_like() + count)
+        });
+        let draw = |noise: &mut Noise| noise.draw(&blank(&[1])).unwrap().double_value(&[0]);
+        counting.mark();
+        assert_eq!(draw(&mut counting), 1.0);
+        counting.rewind();
+        // Another run's past: what was to be given again is not, and what is drawn is not kept.
+        counting.load_state(None).unwrap();
+        assert_eq!(draw(&mut counting), 2.0);
         let mut noise = Noise::from_fn(|_| Ok(blank(&[3])));
         assert!(matches!(noise.draw(&blank(&[2])), Err(Error::Shape { .. })));
         assert!(noise.state().unwrap().is_none() && noise.load_state(None).is_ok());

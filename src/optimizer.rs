@@ -121,21 +121,26 @@ impl Optimizer for Adam {
         self.config.check()?;
         same_shape(parameter, gradient)?;
         let AdamConfig { learning_rate, beta1, beta2, epsilon } = self.config;
-        let Moments { mean, variance } = match &mut self.moments {
+        let fresh;
+        let Moments { mean, variance } = match &self.moments {
             Some(moments) => {
-                same_shape(&moments.mean, gradient)?;
+                of_these_latents(&moments.mean, gradient)?;
                 moments
             }
-            none => none.insert(Moments { mean: gradient.f_zeros_like()?, variance: gradient.f_zeros_like()? }),
+            None => {
+                fresh = Moments { mean: gradient.f_zeros_like()?, variance: gradient.f_zeros_like()? };
+                &fresh
+            }
         };
-        // In torch's order: equal to it but for roundings.
-        let _ = mean.f_add_(&gradient.f_sub(mean)?.f_mul_(&number(1.0 - beta1)?)?)?;
-        let _ = variance.f_mul_(&number(beta2)?)?.f_add_(&gradient.f_square()?.f_mul_(&number(1.0 - beta2)?)?)?;
-        self.steps = self.steps.saturating_add(1);
-        let correction1 = 1.0 - beta1.powf(self.steps as f64);
-        let correction2 = 1.0 - beta2.powf(self.steps as f64);
+        // In torch's order: equal to it but for roundings. Into tensors of their own, so that an error in between leaves all as it was.
+        let mean = mean.f_add(&gradient.f_sub(mean)?.f_mul_(&number(1.0 - beta1)?)?)?;
+        let variance = variance.f_mul(&number(beta2)?)?.f_add_(&gradient.f_square()?.f_mul_(&number(1.0 - beta2)?)?)?;
+        let steps = self.steps.saturating_add(1);
+        let correction1 = 1.0 - beta1.powf(steps as f64);
+        let correction2 = 1.0 - beta2.powf(steps as f64);
         let denominator = variance.f_sqrt()?.f_div_(&number(correction2.sqrt())?)?.f_add_(&number(epsilon)?)?;
         let _ = parameter.f_add_(&mean.f_div(&denominator)?.f_mul_(&number(-learning_rate / correction1)?)?)?;
+        (self.moments, self.steps) = (Some(Moments { mean, variance }), steps);
         Ok(())
     }
 
@@ -160,7 +165,9 @@ impl Optimizer for Adam {
             None => Err(Error::argument("optimizer state", format!("has no `{name}`; was it saved by Adam?"))),
         };
         let (mean, variance, steps) = (find("mean")?, find("variance")?, find("steps")?);
-        same_shape(&mean, &variance)?;
+        if mean.size() != variance.size() {
+            return Err(Error::shape("optimizer state `variance`", format!("{:?}, that of `mean`", mean.size()), variance.size()));
+        }
         if steps.numel() != 1 {
             return Err(Error::shape("optimizer state `steps`", "one number", steps.size()));
         }
@@ -209,6 +216,16 @@ fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
         Ok(())
     } else {
         Err(Error::shape("gradient", format!("{:?}, the parameter's", a.size()), b.size()))
+    }
+}
+
+/// Moments of latents of another size are of no use.
+fn of_these_latents(mean: &Tensor, parameter: &Tensor) -> Result<()> {
+    if mean.size() == parameter.size() {
+        Ok(())
+    } else {
+        let wanted = format!("{:?}, that of the latents; reset the optimizer where they change their size", parameter.size());
+        Err(Error::shape("optimizer state `mean`", wanted, mean.size()))
     }
 }
 

@@ -444,7 +444,7 @@ fn configs_that_are_no_json_objects() {
     for file in CONFIGS.into_iter().chain([OWN]) {
         let sound = copy.read(file);
         for text in
-            ["", " ", "\u{0}", "{", "}", "{\"in_channels\": 4,}", "in_channels: 4", "{\"steps\": NaN}", "{\"steps\": 1e999}", "{\"x\": \"\u{1}\"}"]
+            ["", " ", "\u{0}", "{", "}", "{\"in_channels\": 4,}", "in_channels: 4", "{\"steps\": NaM}", "{\"steps\": 1e999}", "{\"x\": \"\u{1}\"}"]
         {
             copy.write(file, text);
             check.refused(format!("{file} `{text}`"), part(&copy, file), &["Config"], &[file, "not JSON"]);
@@ -460,6 +460,48 @@ fn configs_that_are_no_json_objects() {
         copy.write(file, [b'{', 0xff, b'}']);
         check.refused(format!("{file} not UTF-8"), part(&copy, file), &["Config"], &[file, "not JSON"]);
         copy.write(file, sound);
+    }
+    check.finish();
+}
+
+/// Python writes numbers that JSON has not. They are as good as any value where nobody reads the key, and no number where somebody does.
+#[test]
+fn numbers_that_json_has_not() {
+    let copy = ModelCopy::new();
+    let mut check = Check::default();
+    copy.write(OWN, "{}");
+    for file in CONFIGS {
+        let sound = copy.read(file);
+        let text = String::from_utf8(sound.clone()).unwrap();
+        // Words within texts are texts.
+        let harmless = r#"{"a": -Infinity, "b": [NaN,Infinity], "NaN": "-Infinity \\", "c\"": "\" NaN", "#;
+        copy.write(file, text.replacen('{', harmless, 1));
+        check.taken(file, part(&copy, file));
+        copy.write(file, sound);
+    }
+    for word in ["NaN", "Infinity", "-Infinity"] {
+        for (file, key) in [(UNET_CONFIG, "in_channels"), (SCHEDULER, "beta_start"), (OWN, "steps"), (OWN, "learning_rate")] {
+            let sound = copy.read(file);
+            let text = String::from_utf8(sound.clone()).unwrap();
+            // Of two equal keys the last one counts.
+            let end = text.rfind('}').unwrap();
+            let comma = if file == OWN { "" } else { "," };
+            copy.write(file, format!("{}{comma} \"{key}\": {word}}}", &text[..end]));
+            check.refused(format!("{file} {key} {word}"), part(&copy, file), &["Config"], &[file, key, word]);
+            copy.write(file, sound);
+        }
+    }
+    check.finish();
+}
+
+/// Of models that are trained otherwise: they have no betas, and DDIM's default ones would draw wrong pictures.
+#[test]
+fn schedules_of_another_kind_of_model() {
+    let copy = ModelCopy::new();
+    let mut check = Check::default();
+    for class in ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"] {
+        copy.write(SCHEDULER, json!({ "_class_name": class, "prediction_type": "epsilon", "sigma_data": 0.5 }).to_string());
+        check.refused(class.to_owned(), part(&copy, SCHEDULER), &["Config"], &[SCHEDULER, "_class_name", class, "not supported"]);
     }
     check.finish();
 }

@@ -264,6 +264,38 @@ fn ctrl_c_writes_what_there_is() {
     assert!(place.files().keys().all(|name| !name.contains(".part")));
 }
 
+/// As where the output goes to `head`, or to a `tee` that Ctrl-C ends first.
+#[cfg(unix)]
+#[test]
+fn a_reader_of_progress_that_goes_away() {
+    let place = place();
+    for interrupted in [false, true] {
+        let steps = if interrupted { "400" } else { "20" };
+        let flags = ["--content", "content.png", "--style", "style.png", "--steps", steps, "--output", "a.png", "--device", "cpu"];
+        let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.starts_with("step ") {
+            line.clear();
+            assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
+        }
+        drop(stderr);
+        if interrupted {
+            assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+        }
+        let mut stdout = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        assert_eq!(stdout.lines().last(), Some("a.png"));
+        assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (48, 40));
+        fs::remove_file(place.path("a.png")).unwrap();
+    }
+    // An error, too, ends as an error.
+    let mut child = place.command(&tiny(), &["--style", "no.png"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+}
+
 /// A look at the run is not worth the run.
 #[cfg(unix)]
 #[test]

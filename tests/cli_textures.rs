@@ -346,6 +346,8 @@ fn expansions() {
     }
     refuse(&["--window", "8", "--stride", "9"], &["stride", "9", "1..=8"]);
     refuse(&["--window", "8", "--stride", "0"], &["stride", "0"]);
+    // The model's own window, which may be larger than what is usual.
+    refuse(&["--stride", "96"], &["stride", "96", "1..=8"]);
     refuse(&["--window", "0", "--stride", "1"], &["window size", "0"]);
     refuse(&["--view-batch", "0"], &["window batch", "0"]);
 }

@@ -156,8 +156,11 @@ fn a_batch_of_pictures_shares_one_style() {
     let each = style(&toy, &Tensor::cat(&[&reference, &reference, &reference], 0));
     close(ad(&features(&toy, &batch), &each), ad(&features(&toy, &batch), &style(&toy, &reference)), ROUNDING * 10.0);
     let two = style(&toy, &Tensor::cat(&[&reference, &reference], 0)).with_content(features(&toy, &Tensor::cat(&[&content, &content], 0)));
-    assert!(AdLoss::default().evaluate(&features(&toy, &batch), &two).is_err());
-    assert!(ContentLoss.evaluate(&features(&toy, &batch), &two).is_err());
+    for (loss, name) in [(&AdLoss::default() as &dyn Loss, "style"), (&ContentLoss, "content")] {
+        let error = loss.evaluate(&features(&toy, &batch), &two).unwrap_err();
+        assert!(matches!(&error, Error::Shape { name: found, .. } if *found == name), "{error}");
+        assert!(error.to_string().contains("a batch of 1, or of 3"), "{error}");
+    }
 }
 
 #[test]

@@ -163,7 +163,8 @@ fn a_gradient_of_another_shape_is_refused_and_nothing_moves() {
     // The memory of another picture.
     let mut adam = Adam::default();
     adam.step(&mut noise(1, &[1, 4, 4, 4]), &noise(2, &[1, 4, 4, 4])).unwrap();
-    refused(&mut adam, &gradient(1));
+    let message = refused(&mut adam, &gradient(1));
+    assert!(message.contains("optimizer state") && message.contains("[1, 4, 4, 4]") && message.contains("reset the optimizer"), "{message}");
 }
 
 #[test]

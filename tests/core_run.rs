@@ -179,6 +179,39 @@ fn runs_with_one_style_share_its_features() {
     assert!(small.is_empty() && small.bytes() == 0);
 }
 
+/// A picture in the style of another would look sound.
+#[test]
+fn a_cache_is_of_one_style() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Double);
+    let cache = FeatureCache::new(usize::MAX);
+    let of = |style: Tensor| References::styles([Style::new(style).with_cache(cache.clone())]).with_content(latents(31, 6, 8));
+    let run = |references: References| Distiller::style_transfer(extractor(&toy), times(3), references, 0.25).unwrap().finish();
+    let expected = run(of(latents(20, 4, 4))).unwrap();
+    // The same picture in a tensor of its own, as who encodes it once more has it.
+    let before = toy.forwards.get();
+    assert_same_run(&run(of(latents(20, 4, 4))).unwrap(), &expected);
+    assert_eq!(toy.forwards.get() - before, 6, "the style's passes are not made again");
+    for other in [latents(21, 4, 4), latents(20, 4, 6), latents(20, 4, 4).to_kind(Kind::Double)] {
+        let error = run(of(other.shallow_clone())).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "style cache", .. }), "{error}");
+        // Also beside the style that it is of.
+        let both = of(latents(20, 4, 4)).styles.into_iter().chain(of(other).styles);
+        assert!(run(References::styles(both).with_content(latents(31, 6, 8))).is_err());
+    }
+    // Nor when a run changes its style on the way.
+    let mut changing = Distiller::style_transfer(extractor(&toy), times(3), of(latents(20, 4, 4)), 0.25).unwrap();
+    changing.advance().unwrap();
+    changing.references.styles[0].of = latents(21, 4, 4);
+    assert!(changing.advance().is_err());
+    changing.references.styles[0].of = latents(20, 4, 4);
+    assert_same_run(&changing.finish().unwrap(), &expected);
+    cache.clear();
+    let other = run(of(latents(21, 4, 4))).unwrap();
+    assert!(difference(&other, &expected) > 1e-2);
+    assert_eq!(cache.len(), 3);
+}
+
 #[test]
 fn a_cache_is_of_a_range_of_layers_and_of_clean_latents() {
     tch::set_num_threads(1);

@@ -58,6 +58,9 @@ fn prepare() {
             std::env::remove_var(name);
             std::env::remove_var(name.to_lowercase());
         }
+        for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"] {
+            std::env::remove_var(name);
+        }
         std::env::set_var("HF_HOME", std::env::temp_dir().join("attention-distillation-no-such-folder"));
         std::env::set_var("HF_TOKEN", " hf_test \n");
         std::env::set_var("HF_ENDPOINT", "http://127.0.0.1:1");

@@ -225,6 +225,8 @@ mod fit {
                 assert!(message.contains("memory") && message.contains("GiB"), "{message}");
                 assert!(message.contains("smaller"), "what to do: {message}");
                 assert!(refused(&model, (32_768, 8192)).contains("memory"));
+                let many = model.noise(20_000, (512, 512), &mut Noise::seeded(0)).unwrap_err().to_string();
+                assert!(many.contains("20000 pictures of 512x512 at once") && many.contains("fewer"), "{many}");
             }
             _ => eprintln!("partly skipped: {free:?} GiB are free here, or the system does not tell"),
         }

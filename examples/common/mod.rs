@@ -22,7 +22,12 @@ pub use run::Run;
 pub use tile::Tile;
 
 use attention_distillation::{image, tch::Tensor, Error, FeatureExtractor, References, Result, Settings, StableDiffusion, Style};
-use std::{io::IsTerminal, io::Write, path::PathBuf, process::ExitCode};
+use std::{fmt::Display, io::IsTerminal, io::Write, path::PathBuf, process::ExitCode};
+
+/// A line to stderr. `eprintln!` would panic where the reader has gone, and what was made so far would be lost.
+pub fn say(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
 /// Ends an example: the last lines on stdout are the paths that it wrote; an error is one line on stderr and status 1.
 pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
@@ -36,7 +41,7 @@ pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
         }
         Err(error) => {
             // libtorch's messages may have several lines.
-            eprintln!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "));
+            say(format_args!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")));
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,6 @@
 //! Running to the end, with a bar on a terminal and plain lines elsewhere, previews, and Ctrl-C.
 
-use super::{save, Run, Shared};
+use super::{save, say, Run, Shared};
 use attention_distillation::tch::{Device, Kind, Tensor};
 use attention_distillation::{Result, StableDiffusion};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -53,7 +53,7 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
     });
     if bar.is_none() {
         wait_for(run.latents())?;
-        eprintln!("step {first}/{steps}");
+        say(format_args!("step {first}/{steps}"));
     }
     let started = Instant::now();
     while let Some(progress) = run.advance()? {
@@ -66,7 +66,7 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
             let left = started.elapsed().as_secs_f64() / (step - first) as f64 * (steps - step) as f64;
             match &bar {
                 Some(bar) => bar.set_message(loss.trim_start().to_owned()),
-                None => eprintln!("step {step}/{steps}{loss}, {left:.0} s left"),
+                None => say(format_args!("step {step}/{steps}{loss}, {left:.0} s left")),
             }
         }
         bar.iter().for_each(|bar| bar.set_position(step as u64));
@@ -79,7 +79,7 @@ pub fn follow(run: &mut dyn Run, model: &StableDiffusion, shared: &Shared, files
         }
         if stopped() && step < steps {
             run.check()?;
-            eprintln!("stopped after step {step} of {steps}");
+            say(format_args!("stopped after step {step} of {steps}"));
             break;
         }
     }

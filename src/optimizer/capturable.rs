@@ -1,6 +1,6 @@
 //! Adam whose count of steps is a tensor, too, so that a graph can repeat a step.
 
-use super::{copy, same_shape, Adam, AdamConfig, Moments};
+use super::{copy, of_these_latents, same_shape, Adam, AdamConfig, Moments};
 use crate::scalar::{number, WithNumber};
 use crate::Result;
 use tch::{Kind, Tensor};
@@ -35,7 +35,7 @@ impl CapturableAdam {
         let _guard = tch::no_grad_guard();
         match &adam.moments {
             Some(Moments { mean, variance }) => {
-                same_shape(&self.mean, mean)?;
+                of_these_latents(mean, &self.mean)?;
                 self.mean.f_copy_(mean)?;
                 self.variance.f_copy_(variance)?;
             }

@@ -192,8 +192,9 @@ fn timesteps(config: &DdimConfig, steps: usize) -> Vec<f64> {
             (0..steps).rev().map(|i| (i * stride) as f64 + config.steps_offset as f64).collect()
         }
         Spacing::Trailing => {
-            let stride = total / steps as f64;
-            (0..steps).map(|i| (total - i as f64 * stride).round_ties_even() - 1.0).collect()
+            // As numpy's arange gets there: a multiple of the difference of the first two, whose rounding decides some halves.
+            let stride = (total - total / steps as f64) - total;
+            (0..steps).map(|i| (total + i as f64 * stride).round_ties_even() - 1.0).collect()
         }
         Spacing::Linspace => {
             let gap = if steps > 1 { (total - 1.0) / (steps - 1) as f64 } else { 0.0 };

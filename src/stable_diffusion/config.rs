@@ -19,6 +19,33 @@ pub(crate) struct Config {
     values: Map<String, Value>,
 }
 
+/// Python writes numbers that JSON has not, such as -Infinity in the schedules of DPM-Solver. As texts they do no harm where nobody
+/// reads them, and are told where somebody does.
+fn quoted(text: &[u8]) -> Vec<u8> {
+    let (mut out, mut rest, mut in_string) = (Vec::with_capacity(text.len()), text, false);
+    while let Some(&byte) = rest.first() {
+        let word = [&b"-Infinity"[..], b"Infinity", b"NaN"].into_iter().find(|word| !in_string && rest.starts_with(word));
+        let taken = match (word, byte) {
+            (Some(word), _) => {
+                out.extend([&b"\""[..], word, b"\""].concat());
+                word.len()
+            }
+            (None, b'\\') if in_string => {
+                // With what it escapes.
+                out.extend(rest.iter().take(2));
+                2
+            }
+            (None, _) => {
+                in_string ^= byte == b'"';
+                out.push(byte);
+                1
+            }
+        };
+        rest = rest.get(taken..).unwrap_or_default();
+    }
+    out
+}
+
 impl Config {
     /// Nesting is limited by serde_json, the length here.
     pub(crate) fn open(path: &Path) -> Result<Self> {
@@ -27,7 +54,7 @@ impl Config {
             return Err(bad(format!("is longer than {MOST_BYTES} bytes, which no configuration is")));
         }
         let text = std::fs::read(path).map_err(Error::io(path))?;
-        match serde_json::from_slice(&text) {
+        match serde_json::from_slice(&text).or_else(|error| serde_json::from_slice(&quoted(&text)).map_err(|_| error)) {
             Ok(Value::Object(values)) => Ok(Self { path: path.to_owned(), within: None, values }),
             Ok(_) => Err(bad("is not a JSON object".into())),
             Err(error) => Err(bad(format!("is not JSON: {error}"))),

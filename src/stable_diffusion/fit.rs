@@ -29,7 +29,11 @@ impl StableDiffusion {
         let (height, width) = self.vae.fit(size)?;
         let factor = self.vae.factor();
         if self.device == Device::Cpu {
-            memory::check(self.activations(batch, (height / factor, width / factor)), (height, width))?;
+            let needed = self.activations(batch, (height / factor, width / factor));
+            match batch {
+                ..=1 => memory::check(needed, (height, width))?,
+                _ => memory::check_for(needed, &format!("{batch} pictures of {width}x{height} at once"), "make fewer at once, or smaller ones")?,
+            }
         }
         Ok((height, width))
     }

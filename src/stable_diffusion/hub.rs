@@ -21,8 +21,8 @@ use std::{
 /// The longest wait for a repository's listing, and the most of it that is read: true ones are some kilobytes.
 const LISTING: (Duration, u64) = (Duration::from_secs(60), 32 << 20);
 
-/// Where models come from. What is not set here is taken from the environment: `HF_ENDPOINT`, the cache in
-/// `HF_HOME`, and the token of `HF_TOKEN` or of `hf auth login`.
+/// Where models come from. What is not set here is taken from the environment: `HF_ENDPOINT`, the cache in `HF_HUB_CACHE`
+/// or `HF_HOME`, as Python's huggingface_hub finds it, and the token of `HF_TOKEN` or of `hf auth login`.
 ///
 /// ```no_run
 /// # use attention_distillation::{device, stable_diffusion::hub::Hub, StableDiffusion};
@@ -104,7 +104,7 @@ impl Hub {
         if !revision.split('/').all(is_plain) {
             return Err(format!("`{revision}` is not the name of a branch, tag or commit"));
         }
-        let cache = self.cache.clone().or_else(default_cache).ok_or("there is no home folder to keep it in; set HF_HOME")?;
+        let cache = self.cache.clone().or_else(|| cache(variable)).ok_or("there is no home folder to keep it in; set HF_HOME")?;
         let (api, cache) = (self.api(&cache)?, Cache::new(cache));
         let at = |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
         let folder = cache.path().join(at(revision).folder_name());
@@ -140,7 +140,7 @@ impl Hub {
     fn api(&self, cache: &Path) -> Result<Api, String> {
         let endpoint = self.endpoint.clone().or_else(|| std::env::var("HF_ENDPOINT").ok()).filter(|url| !url.is_empty());
         // hf-hub looks for a token beside the cache only, and does not know the variable.
-        let login = || Cache::new(default_cache().unwrap_or_else(|| cache.to_owned())).token();
+        let login = || Cache::new(home(variable).map_or_else(|| cache.to_owned(), |home| home.join("hub"))).token();
         let token = std::env::var("HF_TOKEN").ok().map(|token| token.trim().to_owned()).filter(|token| !token.is_empty()).or_else(login);
         if token.as_ref().is_some_and(|token| !token.bytes().all(|byte| byte.is_ascii_graphic())) {
             return Err("the token in HF_TOKEN or of `hf auth login` holds characters that no token has".into());
@@ -175,10 +175,20 @@ fn is_plain(part: &str) -> bool {
     !part.is_empty() && part.bytes().all(plain) && !part.starts_with('.') && !part.contains("..")
 }
 
-fn default_cache() -> Option<PathBuf> {
-    let folder = |variable| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let home = || folder("HOME").or_else(|| folder("USERPROFILE"));
-    Some(folder("HF_HOME").or_else(|| Some(home()?.join(".cache").join("huggingface")))?.join("hub"))
+/// A folder that a variable of the environment names.
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// Where Python's huggingface_hub keeps its cache, unless told otherwise, and a login.
+fn home(folder: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
+    let caches = || folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME").or_else(|| folder("USERPROFILE"))?.join(".cache")));
+    folder("HF_HOME").or_else(|| Some(caches()?.join("huggingface")))
+}
+
+/// The cache; its second variable is an older name of the first.
+fn cache(folder: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
+    folder("HF_HUB_CACHE").or_else(|| folder("HUGGINGFACE_HUB_CACHE")).or_else(|| Some(home(folder)?.join("hub")))
 }
 
 /// What a repository holds at one commit.
@@ -348,5 +358,24 @@ mod tests {
             assert!(!is_name(name), "{name}");
         }
         assert!(is_repo_id("owner/name") && !is_repo_id("name") && !is_repo_id("src/lib.rs") && !is_repo_id("./model"));
+    }
+
+    /// As huggingface_hub 0.36 finds them.
+    #[test]
+    fn folders_of_the_environment() {
+        let all = ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME", "USERPROFILE"];
+        let wanted = [
+            ("HF_HUB_CACHE", "HF_HOME"),
+            ("HUGGINGFACE_HUB_CACHE", "HF_HOME"),
+            ("HF_HOME/hub", "HF_HOME"),
+            ("XDG_CACHE_HOME/huggingface/hub", "XDG_CACHE_HOME/huggingface"),
+            ("HOME/.cache/huggingface/hub", "HOME/.cache/huggingface"),
+            ("USERPROFILE/.cache/huggingface/hub", "USERPROFILE/.cache/huggingface"),
+        ];
+        for (first, wanted) in wanted.into_iter().enumerate() {
+            let set = |name: &str| all.iter().skip(first).find(|known| **known == name).map(PathBuf::from);
+            assert_eq!((cache(set), home(set)), (Some(wanted.0.into()), Some(wanted.1.into())));
+        }
+        assert_eq!((cache(|_| None), home(|_| None)), (None, None));
     }
 }

@@ -9,10 +9,17 @@ use std::path::Path;
 /// Keys that are absent have the defaults of diffusers' DDIM, as its `from_config` gives them.
 ///
 /// # Errors
-/// [`Error::Config`](crate::Error::Config) for values that are unknown or out of range.
+/// [`Error::Config`](crate::Error::Config) for values that are unknown or out of range, and for schedules without betas (EDM's, flow matching's).
 pub fn scheduler_config(path: impl AsRef<Path>) -> Result<DdimConfig> {
     let config = Config::open(path.as_ref())?;
     config.require(&[("thresholding", json!(false))])?;
+    // Schedules of another kind of model, which have no betas; DDIM on default ones would draw wrong pictures without a word.
+    let class = config.text("_class_name", "")?;
+    if class.starts_with("EDM") || class.starts_with("FlowMatch") {
+        return Err(config.bad(format!(
+            "`_class_name` is `{class}`: the model was not trained on steps of noise as Stable Diffusion's are, and is not supported"
+        )));
+    }
     let count = |key: &str, default: i64| config.count(key, default).map(|n| usize::try_from(n).unwrap_or(1));
     let beta_schedule = if config.get("trained_betas").is_some() {
         BetaSchedule::Trained(config.numbers("trained_betas")?)
