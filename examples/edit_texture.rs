@@ -48,7 +48,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let layout = image::load(&flags.layout)?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
 
-    let model = common::open(shared)?;
+    let model = common::open_without_text(shared)?;
     let settings = shared.over(model.settings(task())?)?;
     let size = common::output_size(&model, shared, &settings, Some(&layout))?;
     let layout = image::resize(&layout, size)?;

@@ -50,7 +50,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     shared.warn_of_content_weight(content.is_some(), "give --content, whose layout it would keep");
 
-    let model = common::open(shared)?;
+    let model = common::open_without_text(shared)?;
     let settings = shared.over(model.settings(task)?)?;
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let content = content.map(|picture| image::resize(&picture, size)).transpose()?;

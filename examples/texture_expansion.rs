@@ -55,7 +55,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let regions = flags.regions.load(styles.len())?;
     shared.warn_of_content_weight(false, "an expansion has no layout to keep, only regions");
 
-    let mut model = common::open(shared)?;
+    let mut model = common::open_without_text(shared)?;
     model.set_seamless(flags.tile.seamless());
     let trained = model.unet().sample_size().map_or(Windows::default().size, |(height, width)| height.min(width));
     let windows = windows(flags.window.unwrap_or(trained));

@@ -56,7 +56,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let filled = regions.is_some() && !flags.no_fill;
     shared.warn_of_content_weight(filled, "give masks, without --no-fill: the layout that they are filled to is what it would keep");
 
-    let mut model = common::open(shared)?;
+    let mut model = common::open_without_text(shared)?;
     model.set_seamless(flags.tile.seamless());
     let mut settings = model.settings(flags.task())?;
     if filled && settings.content_weight == 0.0 {

@@ -14,7 +14,7 @@ mod tile;
 pub use control::ControlFlags;
 pub use flags::{size, Shared, Size};
 pub use graphs::GraphFlags;
-pub use model::{folder, open};
+pub use model::{folder, open, open_without_text};
 pub use progress::{follow, stop_on_ctrl_c, stopped};
 pub use prompts::PromptFlags;
 pub use regions::RegionFlags;

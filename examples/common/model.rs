@@ -26,6 +26,13 @@ pub fn open(shared: &Shared) -> Result<StableDiffusion> {
     Ok(model)
 }
 
+/// For a task without prompts: it wants the null prompt alone, so that the text encoders' memory is free from here on.
+pub fn open_without_text(shared: &Shared) -> Result<StableDiffusion> {
+    let mut model = open(shared)?;
+    model.drop_text_encoders()?;
+    Ok(model)
+}
+
 /// A folder as it is; a repo id is fetched.
 pub fn folder(model: &str, kind: Kind) -> Result<PathBuf> {
     if Path::new(model).exists() {

@@ -53,7 +53,8 @@ void CUPTIAPI completed(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t val
             add(kernel->name, kernel->start, kernel->end);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
             const auto* copy = reinterpret_cast<const CUpti_ActivityMemcpy6*>(record);
-            add("[memcpy]", copy->start, copy->end);
+            // To and from the host, whose pages are now here, now there, is loading; a timestep copies on the device.
+            add(copy->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_DTOD ? "[memcpy]" : "[memcpy, host]", copy->start, copy->end);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
             const auto* set = reinterpret_cast<const CUpti_ActivityMemset4*>(record);
             add("[memset]", set->start, set->end);
