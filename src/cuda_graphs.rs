@@ -1,6 +1,6 @@
 //! Steps that are captured once and then repeated, by CUDA graphs: feature `cuda-graphs`.
 //!
-//! On a GPU a step is a thousand kernels and more; for a small picture, queueing them one by one is expected to take longer than running
+//! On a GPU a step is a thousand kernels and more; for a small picture, queueing them one by one takes longer than running
 //! them. A graph queues all of them at once. [`Distiller::with_graphs`](crate::Distiller::with_graphs) and
 //! [`GuidedSampler::with_graphs`](crate::GuidedSampler::with_graphs) make such runs:
 #![cfg_attr(feature = "stable-diffusion", doc = "```no_run")]

@@ -10,7 +10,7 @@ use tch::Tensor;
 ///
 /// Handed to a style by [`Style::with_cache`](crate::Style::with_cache); a clone is another handle on the same features. It is for **one
 /// style under one network and null prompt**: after a change of network or prompt take a new one, or [`clear`](Self::clear) it; another
-/// style's latents are an error. Samplers put noise on their references and have no use for it.
+/// style's latents are an error. The latents themselves must not be written to in the meantime. Samplers put noise on their references and have no use for it.
 ///
 /// Features that do not fit into the budget are made anew each time; those that are there stay, since a run asks for all of
 /// its timesteps in turn.
@@ -29,11 +29,11 @@ struct Kept {
 }
 
 impl Kept {
-    /// Of a picture that was encoded anew the numbers are looked at, once.
+    /// Of a picture that was encoded anew the numbers are looked at.
     fn check_is_of(&mut self, latents: &Tensor) -> Result<()> {
-        if let Some(of) = &self.of {
+        if let Some(of) = self.of.as_ref().filter(|_| !self.features.is_empty()) {
             let alike = of.size() == latents.size() && of.f_kind()? == latents.f_kind()? && of.device() == latents.device();
-            if alike && of.data_ptr() == latents.data_ptr() {
+            if alike && of.data_ptr() == latents.data_ptr() && of.stride() == latents.stride() {
                 return Ok(());
             }
             if !alike || !of.f_equal(latents)? {

@@ -89,7 +89,8 @@ fn serves(name: &'static str, reference: &Tensor, batch: i64) -> Result<()> {
     match reference.size().first() {
         Some(&own) if own == 1 || own == batch => Ok(()),
         _ => {
-            let wanted = format!("a batch of 1, or of {batch} as the pictures; several styles are several entries of `References::styles`");
+            let several = if name == "style" { "; several styles are several entries of `References::styles`" } else { "" };
+            let wanted = format!("a batch of 1, or of {batch} as the pictures{several}");
             Err(Error::shape(name, wanted, reference.size()))
         }
     }

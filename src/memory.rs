@@ -48,9 +48,10 @@ fn field(text: &str, name: &str) -> Option<i64> {
 /// root's; pages of files that the system can drop are free. Within a container the path is often that on the host, and what is
 /// mounted is the container's own group, which is then the root.
 fn within_limits(groups: &str, root: &Path) -> Option<i64> {
-    let free = |group: PathBuf, limit: &str, used: &str, dropped: &str| {
+    let free = |group: PathBuf, limit: &str, used: &str, dropped: &[&str]| {
         let number = |name: &str| std::fs::read_to_string(group.join(name)).ok()?.trim().parse::<i64>().ok();
-        let droppable = std::fs::read_to_string(group.join("memory.stat")).ok().and_then(|stat| field(&stat, dropped)).unwrap_or(0);
+        let stat = std::fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+        let droppable = dropped.iter().filter_map(|name| field(&stat, name)).fold(0, i64::saturating_add);
         // No limit is a word, or a number that no machine has.
         Some(number(limit)?.saturating_sub(number(used)?).saturating_add(droppable).max(0))
     };
@@ -59,10 +60,16 @@ fn within_limits(groups: &str, root: &Path) -> Option<i64> {
         let (controllers, path) = (parts.next()?, Path::new(parts.next()?.trim_start_matches('/')));
         let ancestors = path.ancestors();
         if controllers.is_empty() {
-            ancestors.filter_map(|path| free(root.join(path), "memory.max", "memory.current", "inactive_file ")).min()
+            ancestors
+                .filter_map(|path| free(root.join(path), "memory.max", "memory.current", &["inactive_file ", "active_file ", "slab_reclaimable "]))
+                .min()
         } else if controllers.split(',').any(|name| name == "memory") {
             let root = root.join("memory");
-            ancestors.filter_map(|path| free(root.join(path), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")).min()
+            ancestors
+                .filter_map(|path| {
+                    free(root.join(path), "memory.limit_in_bytes", "memory.usage_in_bytes", &["total_inactive_file ", "total_active_file "])
+                })
+                .min()
         } else {
             None
         }
@@ -90,11 +97,11 @@ mod tests {
         assert_eq!(free("0::/\n"), None, "a word for none");
         write("a/memory.max", "5000\n")?;
         write("a/memory.current", "3000\n")?;
-        write("a/memory.stat", "anon 2000\ninactive_file 400\nactive_file 600\n")?;
-        assert_eq!(free("0::/a\n"), Some(2400));
+        write("a/memory.stat", "anon 1900\ninactive_file 400\nactive_file 600\nslab_reclaimable 100\nslab 150\n")?;
+        assert_eq!(free("0::/a\n"), Some(3100));
         write("a/b/memory.max", "9000\n")?;
         write("a/b/memory.current", "10\n")?;
-        assert_eq!(free("0::/a/b\n"), Some(2400), "its parent's is tighter");
+        assert_eq!(free("0::/a/b\n"), Some(3100), "its parent's is tighter");
         write("a/b/memory.max", "1000\n")?;
         assert_eq!(free("0::/a/b\n"), Some(990));
         write("a/b/memory.current", "1200\n")?;
@@ -105,8 +112,8 @@ mod tests {
         // The older hierarchy, one for each controller.
         write("memory/c/memory.limit_in_bytes", "800\n")?;
         write("memory/c/memory.usage_in_bytes", "300\n")?;
-        write("memory/c/memory.stat", "inactive_file 1\ntotal_inactive_file 50\n")?;
-        assert_eq!(free("12:cpu,cpuacct:/c\n4:memory:/c\n"), Some(550));
+        write("memory/c/memory.stat", "inactive_file 1\ntotal_inactive_file 50\ntotal_active_file 30\n")?;
+        assert_eq!(free("12:cpu,cpuacct:/c\n4:memory:/c\n"), Some(580));
         write("memory/memory.limit_in_bytes", "9223372036854771712\n")?;
         write("memory/memory.usage_in_bytes", "600\n")?;
         assert_eq!(free("4:memory:/docker/1f\n"), Some(9223372036854771712 - 600));

@@ -270,8 +270,11 @@ fn ctrl_c_writes_what_there_is() {
 fn a_reader_of_progress_that_goes_away() {
     let place = place();
     for interrupted in [false, true] {
-        let steps = if interrupted { "400" } else { "20" };
-        let flags = ["--content", "content.png", "--style", "style.png", "--steps", steps, "--output", "a.png", "--device", "cpu"];
+        // All steps of the second would take many minutes.
+        let (steps, iterations) = if interrupted { ("900", "100") } else { ("20", "1") };
+        let flags = ["--content", "content.png", "--style", "style.png", "--output", "a.png", "--device", "cpu"];
+        let flags = [&flags[..], &["--steps", steps, "--iterations", iterations]].concat();
+        let started = std::time::Instant::now();
         let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
@@ -287,6 +290,7 @@ fn a_reader_of_progress_that_goes_away() {
         child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(0));
         assert_eq!(stdout.lines().last(), Some("a.png"));
+        assert!(started.elapsed().as_secs() < 120, "it went on");
         assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (48, 40));
         fs::remove_file(place.path("a.png")).unwrap();
     }

@@ -565,7 +565,8 @@ fn told<T>(level: tracing::Level, work: impl FnOnce() -> T) -> (String, T) {
 /// Two grids of layers make two biases, whatever the iterations and timesteps.
 #[test]
 fn the_bias_is_built_once_in_a_run() {
-    let toy = toy();
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Double);
     let built = |work: &mut dyn FnMut()| told(tracing::Level::DEBUG, work).0.matches("bias of regions").count();
     let run = |references: References| {
         let mut run = Distiller::new(extractor(&toy), vec![801.0, 401.0, 1.0], references, latents(1, 6, 8));

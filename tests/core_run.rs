@@ -206,7 +206,15 @@ fn a_cache_is_of_one_style() {
     assert!(changing.advance().is_err());
     changing.references.styles[0].of = latents(20, 4, 4);
     assert_same_run(&changing.finish().unwrap(), &expected);
+    // The same memory, read in another order.
+    let square = latents(20, 4, 4);
+    assert_same_run(&run(of(square.shallow_clone())).unwrap(), &expected);
+    assert!(run(of(square.transpose(2, 3))).is_err());
     cache.clear();
+    // Nothing was kept of a first pass that failed.
+    toy.fail_at(1, Trouble::Memory);
+    assert!(run(of(latents(22, 6, 6))).is_err());
+    assert!(cache.is_empty());
     let other = run(of(latents(21, 4, 4))).unwrap();
     assert!(difference(&other, &expected) > 1e-2);
     assert_eq!(cache.len(), 3);

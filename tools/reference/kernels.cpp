@@ -1,4 +1,4 @@
-// What a program has its GPU do: the time of each kernel, by name, summed up and written as CSV when the program ends.
+// What a program has its GPU do: the time of each kernel, by name, summed up and written with tabs between when the program ends.
 //
 // Loaded by CUDA itself into any program that is started with CUDA_INJECTION64_PATH naming this library; KERNELS names the
 // file to write. Kernels within a CUDA graph are counted one by one. See kernels.py, which builds and reads it.

@@ -56,6 +56,8 @@ def arguments():
     args = parser.parse_args()
     if not 1 <= args.between[0] < args.between[1]:
         parser.error("--between: at least 1, the larger number last")
+    if args.cuda_graphs and args.program == "python":
+        parser.error("--cuda-graphs is for the crate")
     return args
 
 
@@ -74,7 +76,7 @@ def kernels(args, steps, library, model, folder):
     """By name: how many, and their nanoseconds."""
     case = CASES[args.case]
     args.steps = steps
-    output = folder / f"{steps}.csv"
+    output = folder / f"{steps}.tsv"
     program = [sys.executable, HERE / "run.py", case.task]
     if args.program == "crate":
         program = [args.examples / case.task, *["--cuda-graphs"] * args.cuda_graphs]
