@@ -36,11 +36,21 @@ fn relative(ours: &Tensor, theirs: &Tensor) -> f64 {
     (&ours - &theirs).norm().double_value(&[]) / theirs.norm().double_value(&[])
 }
 
+/// Folders besides those of the repository, such as networks of full size by `tools/reference/full_size_model.py`:
+/// `MODELS=models/sd15:models/sdxl`. Relative ones are the repository's.
+fn models(own: &[&str]) -> Vec<String> {
+    let given = std::env::var_os("MODELS").unwrap_or_default();
+    let given = std::env::split_paths(&given).filter(|path| !path.as_os_str().is_empty()).map(|path| path.to_str().unwrap().to_owned());
+    own.iter().map(|&name| name.to_owned()).chain(given).collect()
+}
+
 /// Loss and gradient of one step of a transfer, with latents from the CPU.
 fn gradient(name: &str, device: Device, kind: Kind) -> (Tensor, Tensor) {
     let (content, style) = pictures(64);
+    // Closed at once: two of SDXL's size are more than many a machine holds.
     let cpu = StableDiffusion::open(folder(name), Device::Cpu, Kind::Float).unwrap();
     let [content, style] = [content, style].map(|picture| cpu.encode(&picture).unwrap().to_device(device));
+    drop(cpu);
     let model = StableDiffusion::open(folder(name), device, kind).unwrap();
     let extractor = model.extractor((64, 64)).unwrap();
     let references = extractor.references(&References::style(style.shallow_clone()).with_content(content.shallow_clone()), 501.0).unwrap();
@@ -55,10 +65,10 @@ fn gradient(name: &str, device: Device, kind: Kind) -> (Tensor, Tensor) {
 #[test]
 fn gradients_agree_with_the_cpu() {
     let Some(device) = gpu("gradients_agree_with_the_cpu") else { return };
-    for name in ["tests/fixtures/sd15", "assets/mini"] {
-        let (loss, wanted) = gradient(name, Device::Cpu, Kind::Float);
+    for name in models(&["tests/fixtures/sd15", "assets/mini"]) {
+        let (loss, wanted) = gradient(&name, Device::Cpu, Kind::Float);
         for (kind, of_loss, of_gradient) in [(Kind::Float, 1e-3, 2e-2), (Kind::Half, 1e-2, 0.1), (Kind::BFloat16, 3e-2, 0.4)] {
-            let (ours, found) = gradient(name, device, kind);
+            let (ours, found) = gradient(&name, device, kind);
             let (loss, gradient) = (relative(&ours, &loss), relative(&found, &wanted));
             println!("{name} {kind:?}: loss {loss:.1e}, gradient {gradient:.1e}");
             assert!(loss < of_loss && gradient < of_gradient, "{name} {kind:?}: loss {loss}, gradient {gradient}");
@@ -151,13 +161,15 @@ fn half_precisions_agree_with_f32_on_the_cpu() {
     tch::set_num_threads(1);
     // The first backward pass of a process decides which devices there are; the other tests' is one of them.
     let _ = device::best();
-    let (loss, wanted) = gradient("tests/fixtures/sd15", Device::Cpu, Kind::Float);
-    for (kind, of_loss, of_gradient) in [(Kind::Half, 1e-2, 0.1), (Kind::BFloat16, 3e-2, 0.4)] {
-        let (ours, found) = gradient("tests/fixtures/sd15", Device::Cpu, kind);
-        let (loss, gradient) = (relative(&ours, &loss), relative(&found, &wanted));
-        println!("CPU {kind:?}: loss {loss:.1e}, gradient {gradient:.1e}");
-        assert!(loss < of_loss && gradient < of_gradient, "{kind:?}: loss {loss}, gradient {gradient}");
-        assert_eq!(found.kind(), Kind::Float);
+    for name in models(&["tests/fixtures/sd15"]) {
+        let (loss, wanted) = gradient(&name, Device::Cpu, Kind::Float);
+        for (kind, of_loss, of_gradient) in [(Kind::Half, 1e-2, 0.1), (Kind::BFloat16, 3e-2, 0.4)] {
+            let (ours, found) = gradient(&name, Device::Cpu, kind);
+            let (loss, gradient) = (relative(&ours, &loss), relative(&found, &wanted));
+            println!("{name}, CPU {kind:?}: loss {loss:.1e}, gradient {gradient:.1e}");
+            assert!(loss < of_loss && gradient < of_gradient, "{name} {kind:?}: loss {loss}, gradient {gradient}");
+            assert_eq!(found.kind(), Kind::Float);
+        }
     }
 }
 
