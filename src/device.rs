@@ -44,7 +44,20 @@ pub fn parse(name: &str) -> Result<Device> {
         Ok(0) => Err(refuse("libtorch sees no GPU; is the NVIDIA driver installed?".into())),
         Ok(count) if index >= count => Err(refuse(format!("there are {count} GPUs, counted from 0"))),
         Ok(_) => Ok(Device::Cuda(index)),
-        Err(reason) => Err(refuse(format!("CUDA cannot be used: {reason}; use --device cpu, or a libtorch built for CUDA (see the README)"))),
+        Err(reason) => Err(refuse(format!(
+            "CUDA cannot be used: {reason}; use the CPU (in the examples --device cpu), or a libtorch built for CUDA (see the README)"
+        ))),
+    }
+}
+
+/// Whether a network can be opened there and in that precision.
+pub(crate) fn check(device: Device, kind: Kind) -> Result<()> {
+    if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+        return Err(Error::argument("kind", format!("{kind:?} is not what networks compute in; use Float, BFloat16 or Half")));
+    }
+    match device {
+        Device::Cuda(index) => parse(&format!("cuda:{index}")).map(drop),
+        _ => Ok(()),
     }
 }
 

@@ -79,7 +79,8 @@ impl<D: Denoiser> Distiller<D> {
 }
 
 impl<D: Denoiser> Distiller<D, Adam> {
-    /// Takes over what of a task's settings concerns a run that exists: iterations and learning rate.
+    /// Takes over what of a task's settings concerns a run that exists: iterations and learning rate. Timesteps and content weight are
+    /// arguments of what makes a run, layers its extractor's.
     ///
     /// # Errors
     /// As [`Settings::check`].

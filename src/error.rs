@@ -107,7 +107,7 @@ pub enum Error {
 
     /// The loss or the latents became infinite or NaN. [`Distiller`](crate::Distiller) and
     /// [`GuidedSampler`](crate::GuidedSampler) say what state the run is in then.
-    #[error("the {what} became infinite or NaN in step {step}{}; try a lower learning rate, or f32 or bf16 instead of f16", in_brackets(*.timestep))]
+    #[error("the {what} became infinite or NaN in step {step}{}; try a lower learning rate, or f32 or bf16 instead of f16; in the first step look for NaN in what the run was given", in_brackets(*.timestep))]
     NotFinite {
         /// `loss`, `latents`, on a GPU `loss or latents`, or the `decoder` that is tuned.
         what: &'static str,
@@ -185,12 +185,16 @@ fn says_out_of_memory(message: &str) -> bool {
     ["out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED"].iter().any(|words| message.contains(words))
 }
 
-/// libtorch's messages go on with the frames of its C++ stack, which help nobody here.
+/// libtorch's messages go on with the frames of its C++ stack, or with all the backends that an operation has, which help nobody here.
 fn first_line(error: &tch::TchError) -> String {
     let whole = match error {
         tch::TchError::Torch(message) => message.clone(),
         other => other.to_string(),
     };
-    let end = ["\nException raised from", "\nframe #"].iter().filter_map(|frames| whole.find(frames)).min().unwrap_or(whole.len());
+    let end = ["\nException raised from", "\nframe #", " This could be because"]
+        .iter()
+        .filter_map(|frames| whole.find(frames))
+        .min()
+        .unwrap_or(whole.len());
     whole.get(..end).unwrap_or(&whole).trim().to_owned()
 }

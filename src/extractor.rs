@@ -129,7 +129,13 @@ impl<D: Denoiser> FeatureExtractor<D> {
         optimizer: &mut dyn Optimizer,
     ) -> Result<Tensor> {
         let (value, gradient) = self.gradient(latents, timestep, references, loss)?;
+        let (before, size) = (latents.shallow_clone(), latents.size());
         optimizer.step(latents, &gradient)?;
+        if latents.size() != size {
+            let found = latents.size();
+            *latents = before;
+            return Err(Error::shape("latents after the optimizer's step", format!("{size:?}, as before it"), found));
+        }
         Ok(value)
     }
 }

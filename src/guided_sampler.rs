@@ -125,7 +125,7 @@ impl<D: Denoiser> GuidedSampler<D> {
 
     /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate, scale of the guidance,
     /// AdaIN, and the loss: the AD loss and, where there is a content among the references, a content loss of that weight. Call it
-    /// first: the loss takes the place of the one before, as do the other fields.
+    /// first: the loss takes the place of the one before, as do the other fields. Timesteps are the schedule's, layers the extractor's.
     ///
     /// # Errors
     /// As [`Settings::check`].

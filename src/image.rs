@@ -33,6 +33,18 @@ pub fn size(picture: &Tensor) -> Result<(i64, i64)> {
     }
 }
 
+/// Whether values are a picture's. Resizing and networks overshoot 0 to 1 a little; bytes do by far.
+pub(crate) fn check_values(picture: &Tensor) -> Result<()> {
+    size(picture)?;
+    let values = picture.f_to_kind(Kind::Float)?;
+    let (least, most) = (values.f_min()?.f_double_value(&[])?, values.f_max()?.f_double_value(&[])?);
+    // NaN is in no range.
+    if (-1.0..=2.0).contains(&least) && (-1.0..=2.0).contains(&most) {
+        return Ok(());
+    }
+    Err(Error::argument("picture", format!("has values from {least} to {most} where 0 to 1 are expected; bytes are to be divided by 255")))
+}
+
 /// Checks a size that a user asks for, `(height, width)` in pixels.
 ///
 /// # Errors
@@ -82,8 +94,8 @@ pub fn size_of_area((height, width): (i64, i64), area: i64, multiple: i64) -> Re
     Ok(size)
 }
 
-/// A file, scaled to about `area` pixels with its aspect ratio kept, sides multiples of 8, which Stable Diffusion can
-/// take.
+/// A file, scaled to about `area` pixels with its aspect ratio kept, sides multiples of 8 and at least 8, which Stable Diffusion can
+/// take; a thin picture has more pixels than asked for.
 ///
 /// # Errors
 /// As [`load`] and [`size_of_area`].

@@ -84,7 +84,8 @@
 //! - Latents are `(batch, channels, height / factor, width / factor)` in f32, scaled as the network knows them.
 //! - Networks compute in f32, bf16 or f16; losses, gradients' scaling and Adam in f32.
 //! - Nothing panics, prints, downloads, or draws from a global generator on its own; every failure is an [`Error`].
-//! - Models and runs are `Send`, not `Sync`: one worker per GPU owns its model and interleaves its runs.
+//! - Models are `Send`, not `Sync`, and so is a run that owns its model; one that borrows it stays on the thread of both. So one worker
+//!   per GPU owns its model, makes its runs and interleaves them.
 //!
 //! # Features
 //! `stable-diffusion` (default): networks from diffusers folders. `hub`: such folders from the Hugging Face hub.

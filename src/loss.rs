@@ -6,6 +6,11 @@ use tch::{Kind, Reduction, Tensor};
 
 /// A differentiable scalar: how far a picture's features are from its references'. Holds settings only; everything
 /// that changes with the timestep comes as arguments.
+///
+/// It sees features, not latents: a term of the latents themselves, such as their total variation, goes into a loop of one's own, its
+/// gradient added to that of [`FeatureExtractor::gradient`](crate::FeatureExtractor::gradient) before the optimizer's step. The crate's losses are means over
+/// pictures as well, so a picture's gradient in a batch of two is half of its own alone: nothing to Adam, half a step to
+/// [`GradientDescent`](crate::GradientDescent).
 pub trait Loss {
     /// A scalar in f32 (shape `[]`), differentiable where `picture` is; never by the references.
     ///

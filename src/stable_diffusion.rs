@@ -215,8 +215,10 @@ impl StableDiffusion {
     /// with values 0 to 1. One picture of the batch after the other; large ones in [tiles](Self::set_tiling).
     ///
     /// # Errors
-    /// Sides that are not multiples of the factor (8 in Stable Diffusion; see [`fit`](Self::fit)).
+    /// Sides that are not multiples of the factor (8 in Stable Diffusion; see [`fit`](Self::fit)); values far outside of 0 to 1, such
+    /// as bytes', and NaN.
     pub fn encode(&self, picture: &Tensor) -> Result<Tensor> {
+        image::check_values(picture)?;
         let tiles = self.tiling.tiles(image::size(picture)?);
         let encode = |picture: &Tensor| {
             let pixels = picture.f_to_device(self.device)?.f_to_kind(Kind::Float)?.times(2.0)?.plus(-1.0)?;
@@ -263,7 +265,8 @@ impl StableDiffusion {
     /// The schedule in so many steps.
     ///
     /// # Errors
-    /// Steps of 0, or more than the model was trained with.
+    /// Steps of 0, or so many that they reach beyond the timesteps that the model was trained with (with an offset of 1, as Stable
+    /// Diffusion has, as many as these do).
     pub fn ddim(&self, steps: usize) -> Result<Ddim> {
         Ddim::new(&self.schedule, steps)
     }

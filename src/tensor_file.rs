@@ -6,6 +6,8 @@ use std::io::Write;
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+    time::{SystemTime, UNIX_EPOCH},
 };
 use tch::{Device, Kind, Tensor};
 
@@ -68,7 +70,7 @@ fn shape_and_kind(file: &Path, name: &str, view: &TensorView<'_>) -> Result<(Vec
 pub(crate) fn damaged(file: &Path) -> impl Fn(safetensors::SafeTensorError) -> Error + '_ {
     move |error| Error::Weights {
         file: file.to_owned(),
-        reason: format!("is not a sound safetensors file ({error}); it may be truncated: fetch it again"),
+        reason: format!("is not a sound safetensors file ({error}); it may be truncated, or stand for another (Git LFS): fetch or make it again"),
     }
 }
 
@@ -118,11 +120,11 @@ pub(crate) fn write_all(files: &[(PathBuf, &[u8])]) -> Result<()> {
     let each = || parts.iter().zip(files);
     // On the disk before it takes its place: a machine that stops in between leaves the old file or the new one.
     let write = |part: &Path, bytes: &[u8]| {
-        let mut file = std::fs::File::create(part)?;
+        let mut file = std::fs::File::create_new(part)?;
         file.write_all(bytes)?;
         file.sync_all()
     };
-    let written = each().try_for_each(|(part, (path, bytes))| write(part, bytes).map_err(Error::io(path)));
+    let written = each().try_for_each(|(part, (path, bytes))| write(part, bytes).map_err(folder_missing(path)).map_err(Error::io(path)));
     let renamed = written.and_then(|()| each().try_for_each(|(part, (path, _))| std::fs::rename(part, path).map_err(Error::io(path))));
     if renamed.is_err() {
         // Best effort: the error to report is the first one.
@@ -137,13 +139,25 @@ pub(crate) fn check_beside(path: &Path) -> Result<()> {
     std::fs::write(&part, []).and_then(|()| std::fs::remove_file(&part)).map_err(Error::io(path))
 }
 
-/// A name beside `path` for what is to become it.
+/// The system's words for a folder that is not there are those for a file.
+fn folder_missing(path: &Path) -> impl Fn(std::io::Error) -> std::io::Error + '_ {
+    move |error| match path.parent() {
+        Some(folder) if error.kind() == std::io::ErrorKind::NotFound && !folder.as_os_str().is_empty() && !folder.is_dir() => {
+            std::io::Error::new(error.kind(), format!("there is no folder {}; make it first", folder.display()))
+        }
+        _ => error,
+    }
+}
+
+/// A name beside `path` for what is to become it: of this call alone, whichever threads and machines write there; and short, where
+/// `path` itself is as long as names may be.
 pub(crate) fn temporary(path: &Path) -> Result<PathBuf> {
-    let name = path.file_name().ok_or_else(|| Error::argument("path", format!("`{}` names no file", path.display())))?;
-    let mut part = std::ffi::OsString::from(".");
-    part.push(name);
-    part.push(format!(".{}.part", std::process::id()));
-    Ok(path.with_file_name(part))
+    static CALLS: AtomicU64 = AtomicU64::new(0);
+    path.file_name().ok_or_else(|| Error::argument("path", format!("`{}` names no file", path.display())))?;
+    let call = CALLS.fetch_add(1, Ordering::Relaxed);
+    // Processes of two containers may have one number.
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
+    Ok(path.with_file_name(format!(".{:x}-{call:x}-{time:x}.part", std::process::id())))
 }
 
 #[cfg(test)]

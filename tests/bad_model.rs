@@ -7,7 +7,8 @@ mod model_copy;
 
 use attention_distillation::stable_diffusion::{scheduler_config, AutoencoderKl, ClipTextModel, ClipTokenizer, Condition, ControlNet, UNet};
 use attention_distillation::{
-    Adam, AdamConfig, Ddim, Denoiser, Distiller, Error, FeatureExtractor, PlainAttention, References, Result, Scheduler, Settings, StableDiffusion,
+    Adam, AdamConfig, AttentionHook, AttentionKind, AttentionSite, Ddim, Denoiser, Distiller, Error, FeatureExtractor, PlainAttention, Qkv,
+    References, Result, Scheduler, Settings, StableDiffusion,
 };
 use model_copy::{header_length, ModelCopy, Safetensors, TEXT, UNET, VAE};
 use serde_json::{json, Value};
@@ -77,6 +78,7 @@ fn variant(error: &Error) -> &'static str {
         Error::Argument { .. } => "Argument",
         Error::MissingLayers { .. } => "MissingLayers",
         Error::NotFinite { .. } => "NotFinite",
+        Error::Device { .. } => "Device",
         _ => "another",
     }
 }
@@ -1123,6 +1125,54 @@ fn parts_of_different_models() {
         model.forward(&zeros(&[1, 4, 4, 4]), 1.0, &condition, &mut PlainAttention)
     };
     check.refused("widths of text", copy.open().and_then(first_pass), &["Config", "Shape"], &["16", "8"]);
+    check.finish();
+}
+
+/// Not as weights are read, in libtorch's words for one operation of one backend.
+#[test]
+fn kinds_and_devices_that_are_none() {
+    let mut check = Check::default();
+    let copy = ModelCopy::new();
+    for kind in [Kind::Int64, Kind::Bool, Kind::Uint8, Kind::ComplexFloat] {
+        check.refused(format!("{kind:?}"), StableDiffusion::open(copy.path(""), Device::Cpu, kind), &["Argument"], &["kind", &format!("{kind:?}")]);
+    }
+    check.refused("no such GPU", StableDiffusion::open(copy.path(""), Device::Cuda(999), Kind::Float), &["Device"], &["cuda:999"]);
+    check.refused("no such device", StableDiffusion::open(copy.path(""), Device::Vulkan, Kind::Float), &["Torch"], &["Vulkan"]);
+    check.finish();
+}
+
+/// What goes in by the caller's hand: a picture in bytes, one that holds NaN.
+#[test]
+fn pictures_that_are_none() {
+    let mut check = Check::default();
+    let model = ModelCopy::new().open().unwrap();
+    let picture = |value: f64| Tensor::full([1, 3, 16, 16], value, (Kind::Float, Device::Cpu));
+    check.refused("bytes", model.encode(&picture(200.0)), &["Argument"], &["200", "0 to 1", "255"]);
+    check.refused("bytes as they are", model.encode(&picture(200.0).to_kind(Kind::Uint8)), &["Argument"], &["200", "0 to 1", "255"]);
+    check.refused("NaN", model.encode(&picture(f64::NAN)), &["Argument"], &["NaN"]);
+    check.refused("from -1 to 1, twice", model.encode(&picture(-3.0)), &["Argument"], &["-3"]);
+    // Resizing overshoots.
+    check.taken("a little outside", model.encode(&picture(1.2)));
+    check.finish();
+}
+
+/// One token for all would be spread over the layer without a word.
+#[test]
+fn hooks_that_return_another_shape() {
+    struct Short(AttentionKind);
+    impl AttentionHook for Short {
+        fn attend(&mut self, site: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
+            let output = qkv.attend()?;
+            Ok(if site.kind == self.0 { output.narrow(2, 0, 1) } else { output })
+        }
+    }
+    let mut check = Check::default();
+    let model = ModelCopy::new().open().unwrap();
+    let condition = model.prompts(&[""], (32, 32)).unwrap();
+    for (kind, word) in [(AttentionKind::SelfAttention, "SelfAttention layer 0"), (AttentionKind::CrossAttention, "CrossAttention layer 0")] {
+        let output = model.forward(&zeros(&[1, 4, 4, 4]), 1.0, &condition, &mut Short(kind));
+        check.refused(word, output, &["Shape"], &["attention hook", word]);
+    }
     check.finish();
 }
 

@@ -240,6 +240,33 @@ fn a_cache_is_of_a_range_of_layers_and_of_clean_latents() {
     assert_eq!(cache.len(), 3, "a second handle on the references has it, too");
 }
 
+/// The step that did it is told, not the next one, which would blame the content.
+#[test]
+fn an_optimizer_that_changes_the_latents_shape_is_told() {
+    tch::set_num_threads(1);
+    struct Cutting(GradientDescent);
+    impl Optimizer for Cutting {
+        fn step(&mut self, parameter: &mut Tensor, gradient: &Tensor) -> Result<()> {
+            self.0.step(parameter, gradient)?;
+            *parameter = parameter.narrow(3, 0, 3).copy();
+            Ok(())
+        }
+        fn reset(&mut self) {}
+        fn state(&self) -> Result<Vec<(String, Tensor)>> {
+            Ok(vec![])
+        }
+        fn load_state(&mut self, _: Vec<(String, Tensor)>) -> Result<()> {
+            Ok(())
+        }
+    }
+    let toy = Toy::new(Kind::Double);
+    let mut run = transfer(&toy, 4).with_optimizer(Cutting(GradientDescent { learning_rate: 0.1 }));
+    let before = state(&run);
+    let error = run.advance().unwrap_err();
+    assert!(matches!(error, Error::Shape { .. }) && error.to_string().contains("after the optimizer's step"), "{error}");
+    assert_untouched(&run, &before);
+}
+
 #[test]
 fn a_saved_run_goes_on_to_the_same_picture() {
     tch::set_num_threads(1);

@@ -455,10 +455,11 @@ fn missing_files_and_folders_are_named() {
     let error = image::load(&missing).unwrap_err();
     assert!(matches!(&error, Error::Io { path, .. } if *path == missing), "{error:?}");
     assert!(error.to_string().contains("missing.png"));
-    assert!(image::load(folder.path()).is_err(), "a folder is no picture");
+    assert!(unreadable(folder.path()).contains("is a folder"));
     let nowhere = folder.path().join("nowhere/a.png");
     let error = image::save(&soft(4, 4), &nowhere).unwrap_err();
     assert!(matches!(&error, Error::Io { path, .. } if *path == nowhere), "{error:?}");
+    assert!(error.to_string().contains("there is no folder"), "{error}");
     let error = image::check_writable(&nowhere).unwrap_err();
     assert!(error.to_string().contains("nowhere") && error.to_string().contains("does not exist"), "{error}");
     assert!(names(folder.path()).is_empty(), "no folder is made, no file left");
@@ -481,6 +482,54 @@ fn other_extensions_are_refused_before_anything_is_written() {
         image::check_writable(folder.path().join(name)).unwrap();
     }
     assert!(names(folder.path()).is_empty(), "looking writes nothing");
+}
+
+/// Whoever looks while others write finds one of their pictures, never a part of one.
+#[test]
+fn threads_that_save_under_one_name_do_not_meet() {
+    tch::set_num_threads(1);
+    let folder = folder();
+    let path = folder.path().join("race.png");
+    let sides = [40, 90, 160];
+    image::save(&chequered(sides[0], sides[0]), &path).unwrap();
+    std::thread::scope(|scope| {
+        let writers = sides.map(|side| {
+            let path = &path;
+            scope.spawn(move || {
+                let picture = chequered(side, side);
+                (0..30).for_each(|_| image::save(&picture, path).unwrap());
+            })
+        });
+        while writers.iter().any(|writer| !writer.is_finished()) {
+            let (height, width) = image::size(&image::load(&path).unwrap()).unwrap();
+            assert!(height == width && sides.contains(&height), "{width}x{height}");
+        }
+    });
+    assert_eq!(names(folder.path()), ["race.png"]);
+    // As long as names may be.
+    let name = format!("{}.png", "n".repeat(251));
+    image::save(&soft(4, 4), folder.path().join(&name)).unwrap();
+    assert_eq!(names(folder.path()), [name, "race.png".into()]);
+}
+
+/// Single ones become black, see above; a picture of nothing else is a failure that nobody should take for one.
+#[test]
+fn a_picture_of_nan_is_not_saved() {
+    let folder = folder();
+    let path = folder.path().join("a.png");
+    let error = image::save(&Tensor::full([1, 3, 4, 4], f64::NAN, (Kind::Float, Device::Cpu)), &path).unwrap_err();
+    assert!(matches!(error, Error::Argument { .. }) && error.to_string().contains("NaN"), "{error}");
+    assert!(names(folder.path()).is_empty());
+}
+
+/// A pipe has no end until somebody writes to it.
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_not_waited_for() {
+    let folder = folder();
+    let pipe = folder.path().join("pipe.png");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    assert!(unreadable(&pipe).contains("not a regular file"));
 }
 
 #[test]

@@ -30,13 +30,16 @@ pub fn from_array(array: ArrayView4<'_, f32>) -> Result<Tensor> {
 /// One picture as `(height, width, 3)` bytes, rounded to the nearest: the layout of image files.
 ///
 /// # Errors
-/// [`Error::Shape`] if it is not one picture.
+/// [`Error::Shape`] if it is not one picture, [`Error::Argument`] if all of it is NaN; single ones become black.
 pub fn to_rgb8(picture: &Tensor) -> Result<Array3<u8>> {
     let (height, width) = super::size(picture)?;
     if picture.size4()?.0 != 1 {
         return Err(Error::shape("picture", "(1, 3, height, width); take one of the batch by `f_narrow`", picture.size()));
     }
     let values = picture.f_detach()?.f_squeeze_dim(0)?.f_permute([1, 2, 0])?.f_to_kind(Kind::Float)?;
+    if bool::try_from(values.f_isnan()?.f_all()?)? {
+        return Err(Error::argument("picture", "is all NaN; f16 overflows in some autoencoders: decode in f32"));
+    }
     // What is not a number has no colour; black beats undefined.
     let bytes = values.f_nan_to_num(0.0, 1.0, 0.0)?.within(0.0, 1.0)?.times(255.0)?.f_round()?.f_to_kind(Kind::Uint8)?;
     let bytes = bytes.f_to_device(Device::Cpu)?.f_contiguous()?.f_view([-1])?;

@@ -18,8 +18,12 @@ const BYTES_PER_PIXEL: i64 = 36;
 pub fn load(path: impl AsRef<Path>) -> Result<Tensor> {
     let path = path.as_ref();
     let bad = |reason: String| Error::Image { path: path.to_owned(), reason };
-    if std::fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0) {
-        return Err(bad("the file is empty".into()));
+    match std::fs::metadata(path) {
+        Ok(file) if file.is_dir() => return Err(bad("is a folder; name a file in it".into())),
+        // A pipe would be waited for.
+        Ok(file) if !file.is_file() => return Err(bad("is not a regular file".into())),
+        Ok(file) if file.len() == 0 => return Err(bad("the file is empty".into())),
+        _ => {}
     }
     let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format).map_err(Error::io(path))?;
     if reader.format().is_none() {
@@ -53,11 +57,11 @@ fn over_white(picture: &RgbaImage) -> RgbImage {
 }
 
 /// Writes one picture as PNG or JPEG (quality 95), by the extension; first under a temporary name, so that an older
-/// file stays until the new one is whole.
+/// file stays until the new one is whole. A link of that name is replaced, not followed.
 ///
 /// # Errors
 /// [`Error::Image`] for another extension, [`Error::Io`] where it cannot be written (the folder must exist),
-/// [`Error::Shape`] if it is not one picture.
+/// [`Error::Shape`] if it is not one picture, [`Error::Argument`] if all of it is NaN; single ones become black.
 pub fn save(picture: &Tensor, path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
     let bad = |reason: String| Error::Image { path: path.to_owned(), reason };
@@ -101,6 +105,8 @@ pub fn check_writable(path: impl AsRef<Path>) -> Result<()> {
     }
     let reason = if path.is_dir() {
         "is a folder; name a file in it".into()
+    } else if folder.exists() {
+        format!("{} is not a folder", folder.display())
     } else {
         format!("the folder {} does not exist; make it first", folder.display())
     };

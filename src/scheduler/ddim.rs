@@ -106,7 +106,7 @@ impl Ddim {
     /// `steps` of the schedule's timesteps.
     ///
     /// # Errors
-    /// Steps of 0 or more than the schedule has; betas outside of 0..1.
+    /// Steps of 0, or that reach beyond the schedule; betas outside of 0..1.
     pub fn new(config: &DdimConfig, steps: usize) -> Result<Self> {
         let total = config.train_timesteps;
         if total == 0 || total > MOST_TIMESTEPS {
@@ -119,7 +119,7 @@ impl Ddim {
         if timesteps.iter().any(|t| !(0.0..total as f64).contains(t)) {
             return Err(Error::argument(
                 "steps",
-                format!("{steps} steps with offset {} reach beyond the schedule's {total} timesteps", config.steps_offset),
+                format!("{steps} steps with offset {} reach beyond the schedule's {total} timesteps; take fewer", config.steps_offset),
             ));
         }
         if let Some(limit) = config.clip_sample.filter(|limit| !(limit.is_finite() && *limit > 0.0)) {

@@ -37,13 +37,26 @@ impl<'a> Pass<'a> {
 
     fn self_attention(&mut self, grid: (i64, i64), qkv: Qkv) -> Result<Tensor> {
         self.place.self_attentions += 1;
-        self.hook.attend(&AttentionSite::self_attention(self.place.self_attentions - 1, grid), qkv)
+        checked(self.hook, &AttentionSite::self_attention(self.place.self_attentions - 1, grid), qkv)
     }
 
     fn cross_attention(&mut self, grid: (i64, i64), qkv: Qkv) -> Result<Tensor> {
         self.place.cross_attentions += 1;
-        self.hook.attend(&AttentionSite::cross_attention(self.place.cross_attentions - 1, grid), qkv)
+        checked(self.hook, &AttentionSite::cross_attention(self.place.cross_attentions - 1, grid), qkv)
     }
+}
+
+/// What a hook returns, if it can be a layer's output: one of fewer tokens would be spread over all of them.
+fn checked(hook: &mut dyn AttentionHook, site: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
+    let mut expected = qkv.query.size();
+    if let (Some(last), Some(&of_values)) = (expected.last_mut(), qkv.value.size().last()) {
+        *last = of_values;
+    }
+    let output = hook.attend(site, qkv)?;
+    if output.size() != expected {
+        return Err(Error::shape("attention hook's output", format!("{expected:?} in {:?} layer {}", site.kind, site.index), output.size()));
+    }
+    Ok(output)
 }
 
 /// Sizes of one transformer.

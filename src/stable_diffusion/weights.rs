@@ -35,6 +35,7 @@ impl Weights {
     /// From `folder`, whose file is `stem.safetensors`, or `stem.safetensors.index.json` with its shards, or either of
     /// the two with `.fp16` in the name; `half` says which to take where there are both.
     pub(crate) fn open(folder: &Path, stem: &str, half: bool, device: Device, kind: Kind) -> Result<Self> {
+        crate::device::check(device, kind)?;
         if let Some(file) = file_names(stem, half).map(|name| folder.join(name)).find(|file| file.is_file()) {
             let single = file.extension().is_some_and(|extension| extension == "safetensors");
             return Self::of(if single { vec![file] } else { shards(&file)? }, device, kind);
