@@ -103,7 +103,8 @@ impl Qkv {
 
 /// Computes an attention layer's output; may record, replace, or stop.
 pub trait AttentionHook {
-    /// Returns the layer's output before heads are merged, `(batch, heads, tokens, head_dim)`.
+    /// Returns the layer's output before heads are merged, `(batch, heads, tokens, head_dim)`, the query's but for the values'
+    /// `head_dim`. This crate's networks and [`DeferredHook`] refuse another shape.
     ///
     /// # Errors
     /// [`Error::Stopped`] ends the forward pass; the network hands it on with `?`.
@@ -124,6 +125,19 @@ impl AttentionHook for PlainAttention {
     fn attend(&mut self, _: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
         qkv.attend()
     }
+}
+
+/// What a hook returns, if it can be a layer's output: one of fewer tokens would be spread over all of them.
+pub(crate) fn attend_by(hook: &mut dyn AttentionHook, site: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
+    let mut expected = qkv.query.size();
+    if let (Some(last), Some(&of_values)) = (expected.last_mut(), qkv.value.size().last()) {
+        *last = of_values;
+    }
+    let output = hook.attend(site, qkv)?;
+    if output.size() != expected {
+        return Err(Error::shape("attention hook's output", format!("{expected:?} in {:?} layer {}", site.kind, site.index), output.size()));
+    }
+    Ok(output)
 }
 
 /// A hook for networks whose layers return bare tensors instead of results: keeps the first error
@@ -150,7 +164,7 @@ impl<'h> DeferredHook<'h> {
     /// The layer's output; after the first error plain attention, or where even that fails, the queries.
     pub fn attend(&mut self, site: &AttentionSite, qkv: Qkv) -> Tensor {
         if self.error.is_none() {
-            match self.hook.attend(site, qkv.shallow_clone()) {
+            match attend_by(self.hook, site, qkv.shallow_clone()) {
                 Ok(output) => return output,
                 Err(error) => self.error = Some(error),
             }

@@ -53,7 +53,7 @@ pub fn parse(name: &str) -> Result<Device> {
 /// Whether a network can be opened there and in that precision.
 pub(crate) fn check(device: Device, kind: Kind) -> Result<()> {
     if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
-        return Err(Error::argument("kind", format!("{kind:?} is not what networks compute in; use Float, BFloat16 or Half")));
+        return Err(Error::argument("kind", format!("{kind:?} is not what networks compute in; use Float, BFloat16 or Half (or Double)")));
     }
     match device {
         Device::Cuda(index) => parse(&format!("cuda:{index}")).map(drop),

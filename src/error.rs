@@ -107,7 +107,7 @@ pub enum Error {
 
     /// The loss or the latents became infinite or NaN. [`Distiller`](crate::Distiller) and
     /// [`GuidedSampler`](crate::GuidedSampler) say what state the run is in then.
-    #[error("the {what} became infinite or NaN in step {step}{}; try a lower learning rate, or f32 or bf16 instead of f16; in the first step look for NaN in what the run was given", in_brackets(*.timestep))]
+    #[error("the {what} became infinite or NaN in step {step}{}; try a lower learning rate, or f32 or bf16 instead of f16{}", in_brackets(*.timestep), if *.step == 1 { "; or look for NaN in what it was given" } else { "" })]
     NotFinite {
         /// `loss`, `latents`, on a GPU `loss or latents`, or the `decoder` that is tuned.
         what: &'static str,
@@ -191,10 +191,8 @@ fn first_line(error: &tch::TchError) -> String {
         tch::TchError::Torch(message) => message.clone(),
         other => other.to_string(),
     };
-    let end = ["\nException raised from", "\nframe #", " This could be because"]
-        .iter()
-        .filter_map(|frames| whole.find(frames))
-        .min()
-        .unwrap_or(whole.len());
+    let ends = ["\nException raised from", "\nframe #", " This could be because"];
+    let ends = if whole.starts_with("Could not run") { &ends[..] } else { ends.split_last().map_or(&[][..], |(_, frames)| frames) };
+    let end = ends.iter().filter_map(|end| whole.find(end)).min().unwrap_or(whole.len());
     whole.get(..end).unwrap_or(&whole).trim().to_owned()
 }

@@ -119,7 +119,8 @@ impl<D: Denoiser> FeatureExtractor<D> {
     /// One step of `optimizer` on `latents`, in place; returns the loss before it (a scalar, still on its device).
     ///
     /// # Errors
-    /// As [`gradient`](Self::gradient) and [`Optimizer::step`]; the latents are then as they were.
+    /// As [`gradient`](Self::gradient) and [`Optimizer::step`]; the latents are then as they were. An optimizer that changes their
+    /// shape: they then have it again, but may have moved.
     pub fn descend(
         &self,
         latents: &mut Tensor,
@@ -129,7 +130,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
         optimizer: &mut dyn Optimizer,
     ) -> Result<Tensor> {
         let (value, gradient) = self.gradient(latents, timestep, references, loss)?;
-        let (before, size) = (latents.shallow_clone(), latents.size());
+        let (before, size) = (latents.f_detach()?, latents.size());
         optimizer.step(latents, &gradient)?;
         if latents.size() != size {
             let found = latents.size();

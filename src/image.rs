@@ -38,11 +38,16 @@ pub(crate) fn check_values(picture: &Tensor) -> Result<()> {
     size(picture)?;
     let values = picture.f_to_kind(Kind::Float)?;
     let (least, most) = (values.f_min()?.f_double_value(&[])?, values.f_max()?.f_double_value(&[])?);
-    // NaN is in no range.
     if (-1.0..=2.0).contains(&least) && (-1.0..=2.0).contains(&most) {
         return Ok(());
     }
-    Err(Error::argument("picture", format!("has values from {least} to {most} where 0 to 1 are expected; bytes are to be divided by 255")))
+    let reason = if least.is_nan() || most.is_nan() {
+        "has NaN in it".to_owned()
+    } else {
+        let bytes = if most > 2.0 { "; bytes are to be divided by 255" } else { "" };
+        format!("has values from {least} to {most} where 0 to 1 are expected{bytes}")
+    };
+    Err(Error::argument("picture", reason))
 }
 
 /// Checks a size that a user asks for, `(height, width)` in pixels.

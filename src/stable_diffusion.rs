@@ -72,9 +72,11 @@ impl StableDiffusion {
     /// Opens a folder; weights are converted to `kind` on `device` (see [`device`](crate::device)).
     ///
     /// # Errors
-    /// Files that are missing, damaged, or describe networks that are not supported, each by its name.
+    /// Files that are missing, damaged, or describe networks that are not supported, each by its name; [`Error::Argument`] for a kind
+    /// that networks do not compute in, [`Error::Device`] for a GPU that is not there.
     pub fn open(folder: impl AsRef<Path>, device: Device, kind: Kind) -> Result<Self> {
         let folder = folder.as_ref();
+        crate::device::check(device, kind)?;
         if !folder.join("unet").is_dir() {
             let reason = if folder.is_dir() {
                 "has no folder `unet`; a model folder in diffusers layout holds unet, vae and scheduler (see weights.md)"
@@ -215,10 +217,11 @@ impl StableDiffusion {
     /// with values 0 to 1. One picture of the batch after the other; large ones in [tiles](Self::set_tiling).
     ///
     /// # Errors
-    /// Sides that are not multiples of the factor (8 in Stable Diffusion; see [`fit`](Self::fit)); values far outside of 0 to 1, such
-    /// as bytes', and NaN.
+    /// Sides that are not multiples of the factor (8 in Stable Diffusion; see [`fit`](Self::fit)); NaN, and values below -1 or above
+    /// 2, such as bytes. A picture with values from -1 to 1 is not told from one that overshoots.
     pub fn encode(&self, picture: &Tensor) -> Result<Tensor> {
-        image::check_values(picture)?;
+        self.vae.check_picture(picture)?;
+        tch::no_grad(|| image::check_values(picture))?;
         let tiles = self.tiling.tiles(image::size(picture)?);
         let encode = |picture: &Tensor| {
             let pixels = picture.f_to_device(self.device)?.f_to_kind(Kind::Float)?.times(2.0)?.plus(-1.0)?;

@@ -149,15 +149,18 @@ fn folder_missing(path: &Path) -> impl Fn(std::io::Error) -> std::io::Error + '_
     }
 }
 
-/// A name beside `path` for what is to become it: of this call alone, whichever threads and machines write there; and short, where
-/// `path` itself is as long as names may be.
+/// A name beside `path` for what is to become it: of this call alone, whichever threads and machines write there. A killed process leaves
+/// it behind, so it begins as `path` does; as far as names may be long.
 pub(crate) fn temporary(path: &Path) -> Result<PathBuf> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
-    path.file_name().ok_or_else(|| Error::argument("path", format!("`{}` names no file", path.display())))?;
+    let name = path.file_name().ok_or_else(|| Error::argument("path", format!("`{}` names no file", path.display())))?;
+    let name = name.to_string_lossy();
+    let begin = name.char_indices().take_while(|(at, _)| *at < 100).last().map_or(0, |(at, letter)| at.saturating_add(letter.len_utf8()));
+    let begin = name.get(..begin).unwrap_or_default();
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
     // Processes of two containers may have one number.
     let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
-    Ok(path.with_file_name(format!(".{:x}-{call:x}-{time:x}.part", std::process::id())))
+    Ok(path.with_file_name(format!(".{begin}.{}-{call}-{time:x}.part", std::process::id())))
 }
 
 #[cfg(test)]

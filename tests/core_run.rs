@@ -265,6 +265,28 @@ fn an_optimizer_that_changes_the_latents_shape_is_told() {
     let error = run.advance().unwrap_err();
     assert!(matches!(error, Error::Shape { .. }) && error.to_string().contains("after the optimizer's step"), "{error}");
     assert_untouched(&run, &before);
+    // Without a run, which works on a copy: the shape is what it was, even of a tensor that was cut in place.
+    struct InPlace;
+    impl Optimizer for InPlace {
+        fn step(&mut self, parameter: &mut Tensor, _: &Tensor) -> Result<()> {
+            let _ = parameter.squeeze_();
+            Ok(())
+        }
+        fn reset(&mut self) {}
+        fn state(&self) -> Result<Vec<(String, Tensor)>> {
+            Ok(vec![])
+        }
+        fn load_state(&mut self, _: Vec<(String, Tensor)>) -> Result<()> {
+            Ok(())
+        }
+    }
+    let features = run.extractor.references(&run.references, 500.0).unwrap();
+    let cutting = &mut Cutting(GradientDescent { learning_rate: 0.1 });
+    for optimizer in [cutting as &mut dyn Optimizer, &mut InPlace] {
+        let mut z = latents(8, 6, 8);
+        run.extractor.descend(&mut z, 500.0, &features, &run.loss, optimizer).unwrap_err();
+        assert_eq!(z.size(), latents(8, 6, 8).size());
+    }
 }
 
 #[test]

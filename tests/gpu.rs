@@ -37,9 +37,9 @@ fn relative(ours: &Tensor, theirs: &Tensor) -> f64 {
 }
 
 /// Folders besides those of the repository, such as networks of full size by `tools/reference/full_size_model.py`:
-/// `MODELS=models/sd15:models/sdxl`. Relative ones are the repository's.
+/// `ATTENTION_DISTILLATION_MODELS=models/sd15:models/sdxl`. Relative ones are the repository's.
 fn models(own: &[&str]) -> Vec<String> {
-    let given = std::env::var_os("MODELS").unwrap_or_default();
+    let given = std::env::var_os("ATTENTION_DISTILLATION_MODELS").unwrap_or_default();
     let given = std::env::split_paths(&given).filter(|path| !path.as_os_str().is_empty()).map(|path| path.to_str().unwrap().to_owned());
     own.iter().map(|&name| name.to_owned()).chain(given).collect()
 }

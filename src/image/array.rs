@@ -38,7 +38,10 @@ pub fn to_rgb8(picture: &Tensor) -> Result<Array3<u8>> {
     }
     let values = picture.f_detach()?.f_squeeze_dim(0)?.f_permute([1, 2, 0])?.f_to_kind(Kind::Float)?;
     if bool::try_from(values.f_isnan()?.f_all()?)? {
-        return Err(Error::argument("picture", "is all NaN; f16 overflows in some autoencoders: decode in f32"));
+        return Err(Error::argument(
+            "picture",
+            "is all NaN: either its latents are, or the autoencoder overflowed, as some do in f16; then decode in f32",
+        ));
     }
     // What is not a number has no colour; black beats undefined.
     let bytes = values.f_nan_to_num(0.0, 1.0, 0.0)?.within(0.0, 1.0)?.times(255.0)?.f_round()?.f_to_kind(Kind::Uint8)?;

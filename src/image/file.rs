@@ -13,7 +13,7 @@ const BYTES_PER_PIXEL: i64 = 36;
 /// orientation tag says; transparency laid over white. Returns `(1, 3, height, width)`, values 0 to 1.
 ///
 /// # Errors
-/// [`Error::Io`] where it cannot be read, [`Error::Image`] where it is no picture, is damaged, or is larger than
+/// [`Error::Io`] where it cannot be read, [`Error::Image`] where it is no picture, no file (a folder, a pipe), is damaged, or is larger than
 /// [`LONGEST_SIDE`](super::LONGEST_SIDE).
 pub fn load(path: impl AsRef<Path>) -> Result<Tensor> {
     let path = path.as_ref();
@@ -57,7 +57,8 @@ fn over_white(picture: &RgbaImage) -> RgbImage {
 }
 
 /// Writes one picture as PNG or JPEG (quality 95), by the extension; first under a temporary name, so that an older
-/// file stays until the new one is whole. A link of that name is replaced, not followed.
+/// file stays until the new one is whole. A link of that name is replaced, not followed. A process that is
+/// killed may leave a `.NAME.*.part` beside it, which can be deleted.
 ///
 /// # Errors
 /// [`Error::Image`] for another extension, [`Error::Io`] where it cannot be written (the folder must exist),

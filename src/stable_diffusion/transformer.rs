@@ -2,6 +2,7 @@
 
 use super::layers::{merge_heads, split_heads, Conv2d, GroupNorm, LayerNorm, Linear};
 use super::weights::Scope;
+use crate::attention::attend_by;
 use crate::{AttentionHook, AttentionSite, Error, Qkv, Result};
 use tch::Tensor;
 
@@ -37,26 +38,13 @@ impl<'a> Pass<'a> {
 
     fn self_attention(&mut self, grid: (i64, i64), qkv: Qkv) -> Result<Tensor> {
         self.place.self_attentions += 1;
-        checked(self.hook, &AttentionSite::self_attention(self.place.self_attentions - 1, grid), qkv)
+        attend_by(self.hook, &AttentionSite::self_attention(self.place.self_attentions - 1, grid), qkv)
     }
 
     fn cross_attention(&mut self, grid: (i64, i64), qkv: Qkv) -> Result<Tensor> {
         self.place.cross_attentions += 1;
-        checked(self.hook, &AttentionSite::cross_attention(self.place.cross_attentions - 1, grid), qkv)
+        attend_by(self.hook, &AttentionSite::cross_attention(self.place.cross_attentions - 1, grid), qkv)
     }
-}
-
-/// What a hook returns, if it can be a layer's output: one of fewer tokens would be spread over all of them.
-fn checked(hook: &mut dyn AttentionHook, site: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
-    let mut expected = qkv.query.size();
-    if let (Some(last), Some(&of_values)) = (expected.last_mut(), qkv.value.size().last()) {
-        *last = of_values;
-    }
-    let output = hook.attend(site, qkv)?;
-    if output.size() != expected {
-        return Err(Error::shape("attention hook's output", format!("{expected:?} in {:?} layer {}", site.kind, site.index), output.size()));
-    }
-    Ok(output)
 }
 
 /// Sizes of one transformer.

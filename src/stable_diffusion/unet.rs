@@ -37,7 +37,7 @@ impl UNet {
     ///
     /// # Errors
     /// [`Error::Config`], [`Error::Weights`], [`Error::MissingTensor`], [`Error::TensorShape`], each naming file and
-    /// key or tensor.
+    /// key or tensor; [`Error::Argument`] for a kind that networks do not compute in, [`Error::Device`] for a GPU that is not there.
     pub fn open(folder: impl AsRef<Path>, device: Device, kind: Kind) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let folder = folder.as_ref();

@@ -182,6 +182,11 @@ impl AutoencoderKl {
         Ok(())
     }
 
+    /// Whether [`encode`](Self::encode) takes pictures of this shape.
+    pub(crate) fn check_picture(&self, pixels: &Tensor) -> Result<()> {
+        self.check_pixels(pixels).map(drop)
+    }
+
     fn check_pixels(&self, pixels: &Tensor) -> Result<Extent> {
         let factor = self.factor();
         match pixels.size().as_slice() {
