@@ -51,6 +51,7 @@ pub fn parse(name: &str) -> Result<Device> {
 }
 
 /// Whether a network can be opened there and in that precision.
+#[cfg(feature = "stable-diffusion")]
 pub(crate) fn check(device: Device, kind: Kind) -> Result<()> {
     if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
         return Err(Error::argument("kind", format!("{kind:?} is not what networks compute in; use Float, BFloat16 or Half (or Double)")));

@@ -34,6 +34,7 @@ pub fn size(picture: &Tensor) -> Result<(i64, i64)> {
 }
 
 /// Whether values are a picture's. Resizing and networks overshoot 0 to 1 a little; bytes do by far.
+#[cfg(feature = "stable-diffusion")]
 pub(crate) fn check_values(picture: &Tensor) -> Result<()> {
     size(picture)?;
     let values = picture.f_to_kind(Kind::Float)?;
