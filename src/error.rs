@@ -191,8 +191,8 @@ fn first_line(error: &tch::TchError) -> String {
         tch::TchError::Torch(message) => message.clone(),
         other => other.to_string(),
     };
-    let ends = ["\nException raised from", "\nframe #", " This could be because"];
-    let ends = if whole.starts_with("Could not run") { &ends[..] } else { ends.split_last().map_or(&[][..], |(_, frames)| frames) };
-    let end = ends.iter().filter_map(|end| whole.find(end)).min().unwrap_or(whole.len());
+    let backends = whole.starts_with("Could not run").then_some(" This could be because");
+    let ends = ["\nException raised from", "\nframe #"].into_iter().chain(backends);
+    let end = ends.filter_map(|end| whole.find(end)).min().unwrap_or(whole.len());
     whole.get(..end).unwrap_or(&whole).trim().to_owned()
 }

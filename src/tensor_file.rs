@@ -154,9 +154,8 @@ fn folder_missing(path: &Path) -> impl Fn(std::io::Error) -> std::io::Error + '_
 pub(crate) fn temporary(path: &Path) -> Result<PathBuf> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().ok_or_else(|| Error::argument("path", format!("`{}` names no file", path.display())))?;
-    let name = name.to_string_lossy();
-    let begin = name.char_indices().take_while(|(at, _)| *at < 100).last().map_or(0, |(at, letter)| at.saturating_add(letter.len_utf8()));
-    let begin = name.get(..begin).unwrap_or_default();
+    // Of up to four bytes each: names have 255.
+    let begin = name.to_string_lossy().chars().take(50).collect::<String>();
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
     // Processes of two containers may have one number.
     let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
