@@ -95,7 +95,8 @@ pub struct Settings {
     pub content_weight: f64,
     /// Classifier-free guidance of [`Procedure::Sampling`]; 1 is none.
     pub guidance: f64,
-    /// Whether [`Procedure::Sampling`] gives the latents the styles' statistics before the descents.
+    /// Whether the latents get the styles' mean and deviation ([`References::adain`](crate::References::adain)): by
+    /// [`Procedure::Sampling`] before the descents of each timestep, by [`Procedure::Optimisation`] once, where the run starts.
     pub adain: bool,
 }
 

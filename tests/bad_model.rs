@@ -1329,6 +1329,9 @@ fn bad_settings_of_a_folder() {
     refused("size", json!([40_000, 8]));
     refused("size", json!([32_768, 32_768]));
     refused("size", json!([i64::MAX, i64::MAX]));
+    for value in [json!(0), json!("no"), json!([false])] {
+        refused("adain", value);
+    }
     check.finish();
 }
 
@@ -1390,12 +1393,12 @@ fn good_settings_of_a_folder() {
     (asked.layers, asked.size, asked.steps) = (Some(2..3), Some((16, 24)), 7);
     assert_eq!(plain.settings(asked.clone()).unwrap(), asked, "what was asked for stays");
 
-    let own = json!({ "layers": [3, 9], "size": [48, 32], "steps": 20, "iterations": 3, "learning_rate": 0.1, "content_weight": 0.5 });
+    let own = json!({ "layers": [3, 9], "size": [48, 32], "steps": 20, "iterations": 3, "learning_rate": 0.1, "content_weight": 0.5, "adain": true });
     copy.write(OWN, serde_json::to_vec(&own).unwrap());
     let model = copy.open().unwrap();
     let settings = model.settings(Settings::style_transfer()).unwrap();
     (expected.layers, expected.size, expected.steps, expected.iterations) = (Some(3..9), Some((32, 48)), 20, 3);
-    (expected.learning_rate, expected.content_weight) = (0.1, 0.5);
+    (expected.learning_rate, expected.content_weight, expected.adain) = (0.1, 0.5, true);
     assert_eq!(settings, expected, "size is [width, height] in the file");
     assert_eq!(model.extractor((64, 64)).unwrap().layers, 3..9);
     assert_eq!(model.last_layers(), 10..16);
@@ -1407,6 +1410,7 @@ fn good_settings_of_a_folder() {
         (json!({ "steps": 1 }), |s| s.steps = 1),
         (json!({ "learning_rate": 1, "content_weight": 0 }), |s| (s.learning_rate, s.content_weight) = (1.0, 0.0)),
         (json!({ "layers": [0, 1] }), |s| s.layers = Some(0..1)),
+        (json!({ "style_transfer": { "adain": true }, "texture_synthesis": { "adain": false } }), |s| s.adain = true),
         (json!({ "layers": [15, 16] }), |s| s.layers = Some(15..16)),
     ] {
         copy.write(OWN, serde_json::to_vec(&own).unwrap());

@@ -234,6 +234,28 @@ fn a_folders_own_settings_hold() {
     }
 }
 
+/// Off unless asked for, by both methods; the flag given last wins over the other and over the folder.
+#[test]
+fn a_start_with_the_styles_statistics() {
+    let place = place();
+    let copy = ModelCopy::new();
+    let draw = |more: &[&str]| {
+        let flags = ["--content", "content.png", "--style", "style.png", "--steps", "1", "--iterations", "1", "--size", "32x32"];
+        place.draw_with(copy.folder(), &[&flags[..], more].concat(), "out.png", &["out.png"]).remove(0)
+    };
+    for method in ["optimise", "sample"] {
+        let draw = |more: &[&str]| draw(&[&["--method", method], more].concat());
+        copy.write("attention_distillation.json", "{}");
+        let (plain, moved) = (draw(&[]), draw(&["--adain"]));
+        assert!(differ(&plain, &moved) > 0.0, "{method}");
+        assert_eq!(differ(&draw(&["--adain", "--no-adain"]), &plain), 0.0, "{method}");
+        let task = if method == "optimise" { "style_transfer" } else { "style_transfer_by_sampling" };
+        copy.write("attention_distillation.json", format!(r#"{{ "{task}": {{ "adain": true }} }}"#));
+        assert_eq!(differ(&draw(&[]), &moved), 0.0, "{method}");
+        assert_eq!(differ(&draw(&["--no-adain"]), &plain), 0.0, "{method}");
+    }
+}
+
 /// Ctrl-C after the first line of progress; by then previews have been written, each of them whole.
 #[cfg(unix)]
 #[test]

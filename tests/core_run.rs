@@ -4,8 +4,8 @@
 mod toy;
 
 use attention_distillation::{
-    AdLoss, Adam, AdamConfig, BetaSchedule, Checkpoint, ContentLoss, Ddim, DdimConfig, Distiller, Error, FeatureCache, FeatureExtractor, Features,
-    GradientDescent, Optimizer, Progress, References, Result, Scheduler, Spacing, Style, TotalLoss,
+    adain, AdLoss, Adam, AdamConfig, BetaSchedule, Checkpoint, ContentLoss, Ddim, DdimConfig, Distiller, Error, FeatureCache, FeatureExtractor,
+    Features, GradientDescent, Optimizer, Progress, References, Result, Scheduler, Settings, Spacing, Style, TotalLoss,
 };
 use tch::{Device, Kind, Tensor};
 use toy::{assert_same, assert_same_run, difference, extractor, latents, number, Toy, Trouble};
@@ -77,6 +77,36 @@ fn texture_starts_from_noise_and_leaves_it_to_its_owner() {
     let mut run = Distiller::style_transfer(extractor(&toy), times(3), given, 0.25).unwrap();
     losses(&mut run);
     assert_same(run.references.content.as_ref().unwrap(), &latents(8, 6, 8));
+}
+
+/// The start alone is moved: the content that the loss looks at stays, and a run that has begun goes on from where it is.
+#[test]
+fn a_run_may_start_from_the_styles_statistics() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let mut settings = Settings::style_transfer();
+    assert_same(&transfer(&toy, 3).with_settings(&settings).unwrap().latents, &latents(8, 6, 8));
+    settings.adain = true;
+    let mut run = transfer(&toy, 3).with_settings(&settings).unwrap();
+    let start = adain(&latents(8, 6, 8), &[latents(9, 8, 8)]).unwrap();
+    assert_same(&run.latents, &start);
+    assert!(difference(&start, &latents(8, 6, 8)) > 0.05);
+    assert_same(run.references.content.as_ref().unwrap(), &latents(8, 6, 8));
+    assert_same(&transfer(&toy, 3).with_optimizer(GradientDescent { learning_rate: 0.1 }).with_adain().unwrap().latents, &start);
+
+    run.advance().unwrap();
+    let begun = run.latents.copy();
+    let mut run = run.with_settings(&settings).unwrap();
+    assert_same(&run.latents, &begun);
+    // Resumed, it is the run that was saved, wherever it started.
+    let saved = run.checkpoint().unwrap();
+    let picture = run.finish().unwrap();
+    let mut resumed = transfer(&toy, 3).with_settings(&settings).unwrap();
+    resumed.resume(&saved).unwrap();
+    assert_same(&resumed.finish().unwrap(), &picture);
+
+    let none = Distiller::new(extractor(&toy), times(3), References::default(), latents(8, 6, 8)).with_settings(&settings);
+    assert!(matches!(none, Err(Error::Argument { argument: "styles", .. })));
 }
 
 #[test]

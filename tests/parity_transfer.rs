@@ -44,6 +44,10 @@ fn transfer(model: &Path, name: &str) {
     } else {
         Distiller::new(extractor, timesteps, references, expected.get("start").copy())
     };
+    if expected.find("adain").is_some() {
+        run = run.with_adain().unwrap();
+        comparison.close("start", &run.latents, expected.get("start"), ACTIVATIONS);
+    }
     run.iterations = expected.number("iterations") as usize;
     run.optimizer = Adam::new(AdamConfig::with_learning_rate(expected.number("learning_rate")));
 
@@ -73,6 +77,12 @@ fn one_style() {
 #[test]
 fn two_styles() {
     transfer(&fixture("sd15"), "two");
+}
+
+/// From the content with the mean and deviation of both styles.
+#[test]
+fn from_the_styles_statistics() {
+    transfer(&fixture("sd15"), "adain");
 }
 
 /// Two steps of Adam per timestep, at another learning rate.

@@ -7,9 +7,9 @@ use std::path::Path;
 /// What is said once for all tasks.
 const COMMON: [&str; 2] = ["layers", "size"];
 /// What each task may have in an object of its own; for tasks by optimisation it may also stand outside, for all of them.
-const EACH: [&str; 4] = ["steps", "iterations", "learning_rate", "content_weight"];
+const EACH: [&str; 5] = ["steps", "iterations", "learning_rate", "content_weight", "adain"];
 /// What only tasks by sampling have.
-const SAMPLING: [&str; 2] = ["guidance", "adain"];
+const SAMPLING: [&str; 1] = ["guidance"];
 
 /// What a folder says; each may be absent.
 #[derive(Debug, Clone, Default)]
@@ -84,9 +84,9 @@ fn over_by(own: &Config, settings: &mut Settings) -> Result<()> {
     settings.iterations = count("iterations", settings.iterations)?;
     settings.learning_rate = own.number("learning_rate", settings.learning_rate)?;
     settings.content_weight = own.number("content_weight", settings.content_weight)?;
+    settings.adain = own.flag("adain", settings.adain)?;
     if settings.task.procedure() == Procedure::Sampling {
         settings.guidance = own.number("guidance", settings.guidance)?;
-        settings.adain = own.flag("adain", settings.adain)?;
     }
     settings.check().map_err(|error| own.bad(error.to_string()))
 }

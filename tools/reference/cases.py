@@ -110,6 +110,11 @@ def view_batches(case, model, size):
     return -(-views // batch)
 
 
+def crates_own(case):
+    """What the crate alone is told: to start where the authors do, whatever the model's own settings are."""
+    return ["--no-adain"] * (case.task == "style_transfer")
+
+
 def flags(case, args, size):
     """The flags of both programs, but for model, pictures and output."""
     numbers = {

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-from cases import CASES, flags, model_folder, picture_flags, view_batches
+from cases import CASES, crates_own, flags, model_folder, picture_flags, view_batches
 from measure import ask, run
 
 REFERENCE = Path(__file__).with_name("run.py")
@@ -75,7 +75,7 @@ SAME_WORK = 1e-3
 def one_round(name, case, args, model, given, folder, python_first):
     """Each program once, and their pictures."""
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": WAIT_POLICY}
-    own = ["--cuda-graphs"] * args.cuda_graphs + ["--vae-dtype", args.dtype] * args.half_vae
+    own = crates_own(case) + ["--cuda-graphs"] * args.cuda_graphs + ["--vae-dtype", args.dtype] * args.half_vae
     programs = {"crate": [args.examples / case.task, *own], "python": [sys.executable, REFERENCE, case.task]}
     ran, pictures = {}, {}
     # Whichever is first finds less of what both read in the system's memory.

@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from cases import CASES, flags, model_folder, picture_flags
+from cases import CASES, crates_own, flags, model_folder, picture_flags
 
 HERE = Path(__file__).resolve().parent
 # Of loading, which takes now more, now less; what a timestep has of it is nothing beside.
@@ -79,7 +79,7 @@ def kernels(args, steps, library, model, folder):
     output = folder / f"{steps}.tsv"
     program = [sys.executable, HERE / "run.py", case.task]
     if args.program == "crate":
-        program = [args.examples / case.task, *["--cuda-graphs"] * args.cuda_graphs]
+        program = [args.examples / case.task, *crates_own(case), *["--cuda-graphs"] * args.cuda_graphs]
     given = [*flags(case, args, case.size), *picture_flags(case, model, case.size, folder)]
     environment = os.environ | {"CUDA_INJECTION64_PATH": str(library.resolve()), "KERNELS": str(output)}
     command = [*program, "--model", model, *given, "--output", folder / "out.png"]
