@@ -20,13 +20,6 @@ struct Flags {
     /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
-    /// Give the latents the styles' mean and deviation: where the run starts, or with `--method sample` in each step; default: what the
-    /// model says, else not
-    #[arg(long, overrides_with = "no_adain")]
-    adain: bool,
-    /// Leave the latents' statistics as they are, whatever the model says
-    #[arg(long, overrides_with = "adain")]
-    no_adain: bool,
     #[command(flatten)]
     graphs: common::GraphFlags,
     #[command(flatten)]
@@ -50,7 +43,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         Method::Optimise => Settings::style_transfer(),
         Method::Sample => Settings::style_transfer_by_sampling(),
     };
-    flags.over(task.clone())?;
+    shared.over(task.clone())?;
     let files = common::files(shared, 1);
     common::check_outputs(shared, &files)?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
@@ -58,7 +51,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     shared.warn_of_content_weight(content.is_some(), "give --content, whose layout it would keep");
 
     let model = common::open_without_text(shared)?;
-    let settings = flags.over(model.settings(task)?)?;
+    let settings = shared.over(model.settings(task)?)?;
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let content = content.map(|picture| image::resize(&picture, size)).transpose()?;
     let styles = common::scaled_to_area(&model, &styles, size)?;
@@ -83,13 +76,4 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     common::save(&result, &files)?;
     common::sheet(shared, &content.iter().chain(&styles).collect::<Vec<_>>(), &[result])?;
     Ok(files)
-}
-
-impl Flags {
-    /// The task's settings with the flags in their place.
-    fn over(&self, settings: Settings) -> Result<Settings> {
-        let mut settings = self.shared.over(settings)?;
-        settings.adain = self.adain || settings.adain && !self.no_adain;
-        Ok(settings)
-    }
 }

@@ -22,9 +22,6 @@ struct Flags {
     /// A picture whose layout to keep, as strongly as --content-weight says
     #[arg(long, value_name = "FILE", requires = "style")]
     content: Option<PathBuf>,
-    /// Leave the latents' statistics as they are instead of giving them the styles'
-    #[arg(long)]
-    no_adain: bool,
     /// Pictures made at once, default 4, or 1 with SDXL; each such batch begins with the seed of its first picture, --seed plus
     /// its number
     #[arg(long, value_name = "N")]
@@ -102,7 +99,6 @@ impl Flags {
     fn over(&self, settings: Settings) -> Result<Settings> {
         let mut settings = self.shared.over(settings)?;
         settings.guidance = self.guidance.unwrap_or(settings.guidance);
-        settings.adain &= !self.no_adain;
         if self.style.is_empty() {
             settings.iterations = 0;
         }

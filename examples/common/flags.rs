@@ -30,6 +30,13 @@ pub struct Shared {
     /// How much of the content's layout stays, 0 (off) to 1
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub content_weight: Option<f64>,
+    /// Give the latents the styles' mean and deviation, by sampling in each step, by optimisation at the start; default: what the model
+    /// or the task says
+    #[arg(long, overrides_with = "no_adain")]
+    pub adain: bool,
+    /// Leave the latents' statistics as they are
+    #[arg(long, overrides_with = "adain")]
+    pub no_adain: bool,
     /// Self-attention layers in execution order; default: the last six
     #[arg(long, value_name = "A..B", value_parser = layers)]
     pub layers: Option<Range<usize>>,
@@ -82,6 +89,7 @@ impl Shared {
         settings.iterations = self.iterations.unwrap_or(settings.iterations);
         settings.learning_rate = self.lr.unwrap_or(settings.learning_rate);
         settings.content_weight = self.content_weight.unwrap_or(settings.content_weight);
+        settings.adain = self.adain || settings.adain && !self.no_adain;
         settings.layers = self.layers.clone().or(settings.layers);
         settings.size = self.size.map(|Size(height, width)| (height, width)).or(settings.size);
         settings.check()?;
