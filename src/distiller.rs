@@ -32,6 +32,10 @@ pub struct Distiller<D: Denoiser, O = Adam> {
     pub optimizer: O,
     /// Optimizer steps per timestep.
     pub iterations: usize,
+    /// Whether the first step begins with the styles' mean and deviation in the latents ([`References::adain`]): for short runs. Adam moves a
+    /// latent by little more than its learning rate per step, so strong colours that the styles lack would be left half way. The content loss
+    /// looks at the content as it is. Off, the run starts as the authors' does.
+    pub adain: bool,
     /// The picture so far, f32; on a new run, where it starts.
     pub latents: Tensor,
     /// Steps done.
@@ -57,7 +61,7 @@ impl<D: Denoiser> Distiller<D> {
     /// With the AD loss alone and Adam, one iteration per timestep. From noise this is texture synthesis.
     pub fn new(extractor: FeatureExtractor<D>, timesteps: Vec<f64>, references: References, latents: Tensor) -> Self {
         let (loss, optimizer) = (TotalLoss::default().plus(1.0, AdLoss::default()), Adam::default());
-        Self { extractor, timesteps, references, loss, optimizer, iterations: 1, latents, step: 0, soundness: Soundness::default() }
+        Self { extractor, timesteps, references, loss, optimizer, iterations: 1, adain: false, latents, step: 0, soundness: Soundness::default() }
     }
 
     /// `L_AD + content_weight L_content`, starting from the content's latents: the higher the weight (0 to 1), the more
@@ -79,48 +83,32 @@ impl<D: Denoiser> Distiller<D> {
 }
 
 impl<D: Denoiser> Distiller<D, Adam> {
-    /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate and, where the run has not begun,
-    /// AdaIN of its start, as by [`with_adain`](Self::with_adain). Timesteps and content weight are arguments of what makes a run, layers its
-    /// extractor's.
+    /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate and AdaIN of the start. Timesteps and
+    /// content weight are arguments of what makes a run, layers its extractor's.
     ///
     /// # Errors
-    /// As [`Settings::check`] and, with AdaIN, [`References::adain`].
+    /// As [`Settings::check`].
     pub fn with_settings(mut self, settings: &Settings) -> Result<Self> {
         settings.check()?;
         self.iterations = settings.iterations;
         self.optimizer.config.learning_rate = settings.learning_rate;
-        if settings.adain && self.step == 0 {
-            return self.with_adain();
-        }
+        self.adain = settings.adain;
         Ok(self)
     }
 }
 
 impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
-    /// The same run from latents with the styles' mean and deviation ([`References::adain`]), for a run that has not begun. The content loss
-    /// still looks at the content as it is.
-    ///
-    /// Adam moves a latent by about its learning rate per step at most, 2.25 in 45 steps of 0.05: in a short run, strong colours that the style
-    /// lacks would be left half way. The authors start from the content as it is, and take 200 steps.
-    ///
-    /// # Errors
-    /// As [`References::adain`].
-    pub fn with_adain(mut self) -> Result<Self> {
-        self.latents = tch::no_grad(|| self.references.adain(&self.latents))?;
-        Ok(self)
-    }
-
     /// The same run with another optimizer.
     pub fn with_optimizer<P: Optimizer>(self, optimizer: P) -> Distiller<D, P> {
-        let Self { extractor, timesteps, references, loss, optimizer: _, iterations, latents, step, soundness } = self;
-        Distiller { extractor, timesteps, references, loss, optimizer, iterations, latents, step, soundness }
+        let Self { extractor, timesteps, references, loss, optimizer: _, iterations, adain, latents, step, soundness } = self;
+        Distiller { extractor, timesteps, references, loss, optimizer, iterations, adain, latents, step, soundness }
     }
 
     /// The next timestep; none after the last. Costs a forward pass per reference, and per iteration one forward and
     /// one backward pass of the picture.
     ///
     /// # Errors
-    /// References or latents that do not fit the network or one another; [`Error::NotFinite`]; libtorch's. The run
+    /// References or latents that do not fit the network or one another, also for AdaIN; [`Error::NotFinite`]; libtorch's. The run
     /// then stands at its last finished step.
     pub fn advance(&mut self) -> Result<Option<Progress>> {
         let Some(&timestep) = self.timesteps.get(self.step) else { return self.check().map(|()| None) };
@@ -145,9 +133,9 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         if self.iterations == 0 {
             return Err(Error::argument("iterations", "0 would leave the picture as it is; use at least 1"));
         }
-        let before = copy_state(&self.optimizer.state()?)?;
-        let outcome = descents(self, timestep).and_then(|(latents, loss)| {
-            self.latents = self.soundness.judge(&self.latents, latents, Some(&loss), self.step + 1, timestep)?;
+        let (before, start) = (copy_state(&self.optimizer.state()?)?, self.latents.shallow_clone());
+        let outcome = self.first_latents().and_then(|()| descents(self, timestep)).and_then(|(latents, loss)| {
+            self.latents = self.soundness.judge(&start, latents, Some(&loss), self.step + 1, timestep)?;
             Ok(loss)
         });
         match outcome {
@@ -161,9 +149,18 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
             Err(error) => {
                 // Its own state, and nothing is allocated: what remains to be told is the first error.
                 let _ = self.optimizer.load_state(before);
+                self.latents = start;
                 Err(error)
             }
         }
+    }
+
+    /// What the first step begins with.
+    fn first_latents(&mut self) -> Result<()> {
+        if self.adain && self.step == 0 {
+            self.latents = tch::no_grad(|| self.references.adain(&self.latents))?;
+        }
+        Ok(())
     }
 
     /// The iterations of one timestep: latents and loss.

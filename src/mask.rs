@@ -165,7 +165,7 @@ impl LabelMap {
     }
 
     /// On another device. Maps work on any: what the losses of a run need of them is brought to the pictures' own once, and
-    /// once for each batch of views; what AdaIN needs, in each step.
+    /// once for each batch of views; what AdaIN needs, each time.
     ///
     /// # Errors
     /// libtorch's.

@@ -1411,6 +1411,7 @@ fn good_settings_of_a_folder() {
         (json!({ "learning_rate": 1, "content_weight": 0 }), |s| (s.learning_rate, s.content_weight) = (1.0, 0.0)),
         (json!({ "layers": [0, 1] }), |s| s.layers = Some(0..1)),
         (json!({ "style_transfer": { "adain": true }, "texture_synthesis": { "adain": false } }), |s| s.adain = true),
+        (json!({ "adain": true, "style_transfer": { "adain": false } }), |_| {}),
         (json!({ "layers": [15, 16] }), |s| s.layers = Some(15..16)),
     ] {
         copy.write(OWN, serde_json::to_vec(&own).unwrap());
@@ -1455,7 +1456,7 @@ fn good_settings_of_a_folder_for_sampling() {
     let mut plain = Settings::text_to_image();
     (plain.layers, plain.size) = (Some(10..16), Some((64, 64)));
     for own in [
-        json!({ "steps": 20, "iterations": 9, "learning_rate": 0.1, "content_weight": 9 }),
+        json!({ "steps": 20, "iterations": 9, "learning_rate": 0.1, "content_weight": 9, "adain": false }),
         json!({ "text_to_image": null }),
         json!({ "text_to_image": {} }),
     ] {

@@ -165,8 +165,13 @@ fn flags_that_warn() {
 #[test]
 fn methods_and_counts() {
     let place = Place::of("texture_synthesis");
-    let cases: [(&str, bool, &[&str]); 3] =
-        [("optimise", true, &["--method", "optimise"]), ("sample", false, &["--method", "sample"]), ("two_styles", false, &["--style", "other.png"])];
+    let cases: [(&str, bool, &[&str]); 5] = [
+        ("optimise", true, &["--method", "optimise"]),
+        ("sample", false, &["--method", "sample"]),
+        ("two_styles", false, &["--style", "other.png"]),
+        ("adain", false, &["--adain"]),
+        ("no_adain", true, &["--no-adain"]),
+    ];
     compare(&place, &QUICK, &cases);
     let names = ["a-0.png", "a-1.png", "a-2.png"];
     for method in ["optimise", "sample"] {

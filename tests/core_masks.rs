@@ -733,6 +733,26 @@ fn runs_with_adain_by_region() {
     }
 }
 
+/// Of an optimisation likewise: its start, of two pictures, by region.
+#[test]
+fn an_optimisation_with_adain_by_region() {
+    let toy = toy();
+    let references = || {
+        let one = Style::new(latents(2, 8, 4) * 3.0 + 1.0).with_area_weights([(2, 0.0)]);
+        of([one, Style::new(latents(3, 4, 6) - 2.0).with_area_weights([(1, 0.0)])]).with_labels(map(&[1, 2], 6, 8))
+    };
+    let start = || Tensor::cat(&[latents(1, 6, 8), latents(4, 6, 8)], 0);
+    let end = |start: Tensor, adain: bool| {
+        let mut run = Distiller::new(extractor(&toy), vec![801.0, 1.0], references(), start);
+        run.adain = adain;
+        run.finish().unwrap()
+    };
+    let found = end(start(), true);
+    assert_same(&found, &end(references().adain(&start()).unwrap(), false));
+    let plain = adain(&start(), &references().styles.iter().map(|style| style.of.shallow_clone()).collect::<Vec<_>>()).unwrap();
+    assert!(difference(&found, &end(plain, false)) > 0.1);
+}
+
 #[test]
 fn an_area_without_a_pixel_is_left_out() {
     let (toy, z) = (toy(), latents(1, 6, 8));

@@ -34,7 +34,9 @@ class Case:
 
 
 CASES = {
-    "bundled-256": Case("style_transfer", "bundled", (256, 256), 15, None, 3, 0.05, "style_harvest.png", {"--content-weight": 0.25}),
+    "bundled-256": Case(
+        "style_transfer", "bundled", (256, 256), 15, None, 3, 0.05, "style_harvest.png", {"--content-weight": 0.3, "--adain": None}
+    ),
     "sd15-512": Case("style_transfer", "sd15", (512, 512), 5, 200, 1, 0.05, "style_harvest.png", {"--content-weight": 0.25}),
     "sd15-sampling-512": Case(
         "text_to_image", "sd15", (512, 512), 5, 50, 3, 0.015, "style_harvest.png", {"--guidance": 7.5, "--prompt": PROMPT}
@@ -111,8 +113,10 @@ def view_batches(case, model, size):
 
 
 def crates_own(case):
-    """What the crate alone is told: to start where the authors do, whatever the model's own settings are."""
-    return ["--no-adain"] * (case.task == "style_transfer")
+    """What the crate alone is told, so that it does as `run.py` does whatever the model's own settings are."""
+    if "--adain" in case.more:
+        return []
+    return ["--adain" if case.task == "text_to_image" else "--no-adain"]
 
 
 def flags(case, args, size):

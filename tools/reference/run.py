@@ -69,6 +69,8 @@ def arguments():
     args = parser.parse_args()
     if args.task == "style_transfer" and not args.content:
         parser.error("style_transfer needs --content")
+    if args.adain and args.task != "style_transfer":
+        parser.error("--adain is of style_transfer: text_to_image always has it in each step, texture_expansion never")
     for name, value in TASKS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
