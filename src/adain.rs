@@ -19,7 +19,7 @@ const EPSILON: f64 = 1e-6;
 /// # Errors
 /// No style; another number of axes, channels or pictures; a picture or styles of one pixel, which have no deviation.
 pub fn adain(latents: &Tensor, styles: &[Tensor]) -> Result<Tensor> {
-    towards(latents, styles.iter())
+    towards(latents, styles.iter(), f64::INFINITY)
 }
 
 impl References {
@@ -38,15 +38,20 @@ impl References {
     /// As [`adain`]; weights, labels and matches that do not go together, as in the losses; labels, but latents of tokens, of which
     /// there is no telling what lies where.
     pub fn adain(&self, latents: &Tensor) -> Result<Tensor> {
+        self.adain_within(latents, f64::INFINITY)
+    }
+
+    /// The same, where no deviation becomes more than `most` times what it was.
+    pub(crate) fn adain_within(&self, latents: &Tensor, most: f64) -> Result<Tensor> {
         let tables = self.memo.tables(self)?;
         if tables.plain {
-            return towards(latents, self.counted().map(|style| &style.of));
+            return towards(latents, self.counted().map(|style| &style.of), most);
         }
-        regions::adain(latents, self, &tables)
+        regions::adain(latents, self, &tables, most)
     }
 }
 
-fn towards<'a>(latents: &Tensor, styles: impl Iterator<Item = &'a Tensor>) -> Result<Tensor> {
+fn towards<'a>(latents: &Tensor, styles: impl Iterator<Item = &'a Tensor>, most: f64) -> Result<Tensor> {
     let ours = by_channel("latents", latents)?;
     let parts = styles.map(|style| of_style(style, latents)).collect::<Result<Vec<_>>>()?;
     if parts.is_empty() {
@@ -54,8 +59,14 @@ fn towards<'a>(latents: &Tensor, styles: impl Iterator<Item = &'a Tensor>) -> Re
     }
     let (mean, deviation) = statistics("latents", &ours)?;
     let (to_mean, to_deviation) = statistics("style", &Tensor::f_cat(&parts, 2)?)?;
-    let moved = ours.f_sub(&mean)?.f_div(&deviation.plus(EPSILON)?)?.f_mul(&to_deviation)?.f_add(&to_mean)?;
+    let deviation = deviation.plus(EPSILON)?;
+    let moved = ours.f_sub(&mean)?.f_div(&deviation)?.f_mul(&at_most(&to_deviation, &deviation, most)?)?.f_add(&to_mean)?;
     like(&moved, latents)
+}
+
+/// `to`, but no more than `most` times `from`.
+fn at_most(to: &Tensor, from: &Tensor, most: f64) -> Result<Tensor> {
+    Ok(if most.is_finite() { to.f_minimum(&from.times(most)?)? } else { to.shallow_clone() })
 }
 
 /// Back from [`by_channel`].

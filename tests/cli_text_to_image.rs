@@ -64,6 +64,8 @@ fn writes_a_picture_and_prints_its_path() {
         assert!(stderr.lines().any(|line| line.starts_with(last)), "{stderr}");
         assert_eq!(size(&image::load(place.path(name)).unwrap()), (32, 32));
     }
+    let warning = warned(&place, &fixture("sd15"), &[&FOX[..], &["--adain"]].concat(), "adain.png");
+    assert!(warning.contains("--adain is without effect"), "{warning}");
     // The model's own size, and no prompt at all.
     assert_eq!(size(&place.draw(&["--steps", "1"], "square.png")), (64, 64));
 }

@@ -738,7 +738,7 @@ fn runs_with_adain_by_region() {
 fn an_optimisation_with_adain_by_region() {
     let toy = toy();
     let references = || {
-        let one = Style::new(latents(2, 8, 4) * 3.0 + 1.0).with_area_weights([(2, 0.0)]);
+        let one = Style::new(latents(2, 8, 4) + 1.0).with_area_weights([(2, 0.0)]);
         of([one, Style::new(latents(3, 4, 6) - 2.0).with_area_weights([(1, 0.0)])]).with_labels(map(&[1, 2], 6, 8))
     };
     let start = || Tensor::cat(&[latents(1, 6, 8), latents(4, 6, 8)], 0);

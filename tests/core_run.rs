@@ -108,6 +108,23 @@ fn a_run_may_start_with_the_styles_statistics() {
     other.latents = adain(&latents(5, 6, 8), &[latents(9, 8, 8)]).unwrap();
     assert_same(&late.finish().unwrap(), &other.finish().unwrap());
 
+    // What hardly differs is made four times as wide, no more: what a grey picture has of colours is noise.
+    let grey = || {
+        let grey = latents(8, 6, 8);
+        let _ = grey.narrow(1, 1, 1).g_mul_scalar_(0.01);
+        grey
+    };
+    let mut run_of_grey = run();
+    run_of_grey.latents = grey();
+    let style = adain(&grey(), &[latents(9, 8, 8)]).unwrap();
+    let deviation = |z: &Tensor| z.narrow(1, 1, 1).std(true).double_value(&[]);
+    assert!(deviation(&style) > 8.0 * deviation(&grey()));
+    let (middle, mean) = (grey().narrow(1, 1, 1).mean(Kind::Float), style.narrow(1, 1, 1).mean(Kind::Float));
+    let wider = (grey().narrow(1, 1, 1) - middle) * 4.0 + mean;
+    let mut other = by_hand();
+    other.latents = Tensor::cat(&[style.narrow(1, 0, 1), wider, style.narrow(1, 2, 2)], 1);
+    assert!(difference(&run_of_grey.finish().unwrap(), &other.finish().unwrap()) < 1e-3);
+
     // Saved before or after its first step, it goes on to the same picture.
     for steps in [0, 1] {
         let mut first = run();

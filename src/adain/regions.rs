@@ -1,6 +1,6 @@
 //! AdaIN where styles have weights, and the picture regions.
 
-use super::{by_channel, like, of_style, EPSILON};
+use super::{at_most, by_channel, like, of_style, EPSILON};
 use crate::bias::{check_batch, seen, Tables};
 use crate::scalar::{number, WithNumber};
 use crate::{AttentionSite, Error, References, Result};
@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 /// What [`References::adain`] does where a region or a weight changes something. Sums are in f64.
-pub(super) fn adain(latents: &Tensor, references: &References, tables: &Tables) -> Result<Tensor> {
+pub(super) fn adain(latents: &Tensor, references: &References, tables: &Tables, most: f64) -> Result<Tensor> {
     let ours = by_channel("latents", latents)?.f_to_kind(Kind::Double)?;
     let (batch, _, count) = ours.size3()?;
     check_batch(references, batch)?;
@@ -38,7 +38,8 @@ pub(super) fn adain(latents: &Tensor, references: &References, tables: &Tables) 
     let (mean, deviation) = statistics("latents", &ours, &shares, &ones(count)?)?;
     let (to_mean, to_deviation) = statistics("style", &theirs, &weights, &whole)?;
     // By label, `(1 or batch, labels, channels)`: what a pixel is multiplied with, and what is then added.
-    let factor = to_deviation.f_div(&deviation.plus(EPSILON)?)?;
+    let deviation = deviation.plus(EPSILON)?;
+    let factor = at_most(&to_deviation, &deviation, most)?.f_div(&deviation)?;
     let summand = to_mean.f_sub(&mean.f_mul(&factor)?)?;
     let all = shares.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?;
     let of_pixels = |by_label: &Tensor| -> Result<Tensor> { Ok(by_label.f_transpose(1, 2)?.f_matmul(&shares)?.f_div(&all)?) };

@@ -165,7 +165,7 @@ def main():
     settings = {"steps": args.steps, "iterations": args.iterations, "learning_rate": args.lr, "progress": progress}
     if args.task == "style_transfer":
         content = encode(args.content)
-        start = with_statistics(content, styles) if args.adain else content
+        start = with_statistics(content, styles, most=4) if args.adain else content
         run = optimise(model, start, styles, content, args.content_weight, **settings)
         picture = model.decode(run.latents)
     elif args.task == "text_to_image":

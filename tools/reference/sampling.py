@@ -238,13 +238,14 @@ def noised(model, latents, timestep, generator):
     return model.scheduler.add_noise(latents, noise, torch.tensor([timestep]))
 
 
-def with_statistics(latents, styles):
-    """The latents with the mean and deviation, in each channel, of all styles taken together."""
+def with_statistics(latents, styles, most=math.inf):
+    """The latents with the mean and deviation, in each channel, of all styles taken together; a deviation grows to `most` times itself."""
     pooled = torch.cat([style.transpose(0, 1).flatten(1) for style in styles], dim=1)
     target_mean, target_std = (value[:, None, None] for value in (pooled.mean(1), pooled.std(1)))
     # Each picture's own; torch's deviation is the unbiased one.
     mean, std = latents.mean((2, 3), keepdim=True), latents.std((2, 3), keepdim=True)
-    return (latents - mean) / (std + 1e-6) * target_std + target_mean
+    std = std + 1e-6
+    return (latents - mean) / std * torch.minimum(target_std, std * most) + target_mean
 
 
 def descend(model, latents, timestep, styles, content, content_weight, iterations, learning_rate, mask=None):
