@@ -96,7 +96,8 @@ pub struct Settings {
     /// Classifier-free guidance of [`Procedure::Sampling`]; 1 is none.
     pub guidance: f64,
     /// Whether the latents get the styles' mean and deviation ([`References::adain`](crate::References::adain)): by
-    /// [`Procedure::Sampling`] before the descents of each timestep, by [`Procedure::Optimisation`] once, where the run starts.
+    /// [`Procedure::Sampling`] before the descents of each timestep, by [`Procedure::Optimisation`] once, where the run starts,
+    /// within bounds ([`Distiller::adain`](crate::Distiller)).
     pub adain: bool,
 }
 

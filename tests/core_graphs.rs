@@ -89,6 +89,7 @@ fn a_run_by_graphs_is_the_same_run() {
     // A look at the references and an iteration, for eight timesteps.
     assert_eq!(both(references, |_| {}), (2, 8 + 8));
     assert_eq!(both(references, |run| run.iterations = 3), (2, 8 + 24));
+    assert_eq!(both(references, |run| run.adain = true), (2, 8 + 8));
     let slower = |run: &mut Distiller<&Noting>| {
         run.optimizer.config = AdamConfig::with_learning_rate(0.03);
         run.optimizer.config.beta1 = 0.5;

@@ -751,6 +751,15 @@ fn an_optimisation_with_adain_by_region() {
     assert_same(&found, &end(references().adain(&start()).unwrap(), false));
     let plain = adain(&start(), &references().styles.iter().map(|style| style.of.shallow_clone()).collect::<Vec<_>>()).unwrap();
     assert!(difference(&found, &end(plain, false)) > 0.1);
+
+    // Flat regions are made four times as wide, no more.
+    let flat = || start() * 0.01;
+    let half = |z: &Tensor, at: i64| z.narrow(3, 4 * at, 4);
+    let mean = |z: &Tensor| z.mean_dim(&[2_i64, 3][..], true, Kind::Float);
+    let unbounded = references().adain(&flat()).unwrap();
+    let wider: Vec<_> = (0..2).map(|at| (half(&flat(), at) - mean(&half(&flat(), at))) * 4.0 + mean(&half(&unbounded, at))).collect();
+    assert!(difference(&end(flat(), true), &end(Tensor::cat(&wider, 3), false)) < 1e-3);
+    assert!(difference(&end(unbounded, false), &end(Tensor::cat(&wider, 3), false)) > 0.1);
 }
 
 #[test]
