@@ -239,7 +239,7 @@ def noised(model, latents, timestep, generator):
 
 
 def with_statistics(latents, styles, most=math.inf):
-    """The latents with the mean and deviation, in each channel, of all styles taken together; a deviation grows to `most` times itself."""
+    """The latents with the mean and deviation, in each channel, of all styles taken together; none grows beyond `most` times itself."""
     pooled = torch.cat([style.transpose(0, 1).flatten(1) for style in styles], dim=1)
     target_mean, target_std = (value[:, None, None] for value in (pooled.mean(1), pooled.std(1)))
     # Each picture's own; torch's deviation is the unbiased one.
