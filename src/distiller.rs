@@ -36,10 +36,10 @@ pub struct Distiller<D: Denoiser, O = Adam> {
     pub optimizer: O,
     /// Optimizer steps per timestep.
     pub iterations: usize,
-    /// Whether the first step begins with the styles' mean and deviation in the latents, for short runs: Adam moves a latent by little more
-    /// than its learning rate per step, so strong colours that the styles lack would be left half way. As [`References::adain`], but no
-    /// deviation becomes more than four times what it was, since a grey picture's colours are noise. The content loss looks at the content
-    /// as it is. Off, the run starts as the authors' does.
+    /// Whether the latents get the styles' mean and deviation before the first step, and the content before the network looks at it, for
+    /// short runs: Adam moves a latent by little more than its learning rate per step, so strong colours that the styles lack would be left
+    /// half way, and the content loss would hold on to them. As [`References::adain`], but no deviation becomes more than four times what
+    /// it was, since a grey picture's colours are noise. Off, the run is the authors'.
     pub adain: bool,
     /// The picture so far, f32; on a new run, where it starts.
     pub latents: Tensor,
@@ -109,6 +109,19 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         Distiller { extractor, timesteps, references, loss, optimizer, iterations, adain, latents, step, soundness }
     }
 
+    /// What the steps go towards: the [references](Self::references), with [`adain`](Self::adain) the content in the styles' mean and
+    /// deviation. The references themselves stay as they are.
+    ///
+    /// # Errors
+    /// As [`References::adain`].
+    pub fn targets(&self) -> Result<References> {
+        let mut targets = self.references.shallow_clone();
+        if let (true, Some(content)) = (self.adain, &self.references.content) {
+            targets.content = Some(self.in_the_styles_statistics(&self.for_each_picture(content)?)?);
+        }
+        Ok(targets)
+    }
+
     /// The next timestep; none after the last. Costs a forward pass per reference, and per iteration one forward and
     /// one backward pass of the picture.
     ///
@@ -117,11 +130,11 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// then stands at its last finished step.
     pub fn advance(&mut self) -> Result<Option<Progress>> {
         let Some(&timestep) = self.timesteps.get(self.step) else { return self.check().map(|()| None) };
-        let references = self.extractor.references(&self.references, timestep)?;
+        let references = self.extractor.references(&self.targets()?, timestep)?;
         self.advance_towards(&references)
     }
 
-    /// The next timestep, towards features of references that the caller kept from an earlier run.
+    /// The next timestep, towards features of [`targets`](Self::targets) that the caller kept from an earlier run.
     ///
     /// # Errors
     /// As [`advance`](Self::advance).
@@ -163,9 +176,25 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// What the first step begins with.
     fn first_latents(&mut self) -> Result<()> {
         if self.adain && self.step == 0 {
-            self.latents = tch::no_grad(|| self.references.adain_within(&self.latents, WIDEN))?;
+            self.latents = self.in_the_styles_statistics(&self.latents)?;
         }
         Ok(())
+    }
+
+    fn in_the_styles_statistics(&self, latents: &Tensor) -> Result<Tensor> {
+        tch::no_grad(|| self.references.adain_within(latents, WIDEN))
+    }
+
+    /// One content may serve a whole batch, whose pictures may have styles or regions of their own.
+    fn for_each_picture(&self, content: &Tensor) -> Result<Tensor> {
+        match (content.size().first(), self.latents.size().first()) {
+            (Some(1), Some(&pictures)) if pictures > 1 => {
+                let mut each = vec![-1; content.dim()];
+                each.splice(..1, [pictures]);
+                Ok(content.f_expand(each, false)?)
+            }
+            _ => Ok(content.shallow_clone()),
+        }
     }
 
     /// The iterations of one timestep: latents and loss.

@@ -64,7 +64,7 @@
 //! | optimisation over the timesteps `t` of DDIM | [`Distiller`], [`Ddim`] |
 //! | sampling guided by the losses: `z <- DDIM(z, eps)`, then Adam at the next `t` | [`GuidedSampler`] |
 //! | `eps = eps_neg + w (eps_prompt - eps_neg)`, classifier-free guidance | [`Guidance`], [`Denoiser::forward_guided`] |
-//! | AdaIN of the latents, `(z - mean z) / std z * std s + mean s` | [`adain`], by weights and regions [`References::adain`], [`GuidedSampler::adain`](GuidedSampler), of an optimisation's start [`Distiller::adain`](Distiller) |
+//! | AdaIN of the latents, `(z - mean z) / std z * std s + mean s` | [`adain`], by weights and regions [`References::adain`], [`GuidedSampler::adain`](GuidedSampler), of an optimisation's start and content [`Distiller::adain`](Distiller) |
 //! | references noised to `t`, `sqrt(a) s + sqrt(1 - a) n` | [`Scheduler::add_noise`], [`Noise`] |
 //! | ControlNet: residuals in the noise prediction alone | [`Control`](crate::stable_diffusion::Control), [`ControlNet`](crate::stable_diffusion::ControlNet) |
 //! | expansion to any size: MultiDiffusion's mean of overlapping views in each step | [`Windows`], [`GuidedSampler::with_windows`] |
@@ -73,7 +73,7 @@
 //! | improved decoding: the decoder tuned to the reference by L1 and Adam | [`DecoderTuning`](crate::stable_diffusion::DecoderTuning) |
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
-//! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise ([`Distiller::adain`](Distiller) gives either the styles' statistics); for each
+//! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise ([`Distiller::adain`](Distiller) gives them the styles' statistics); for each
 //! timestep take the features of the clean references once, then `iterations` steps of one Adam on `z`; decode.
 //!
 //! Sampling: start from noise; for each timestep predict the noise under prompt and negative prompt, step with DDIM, and then,

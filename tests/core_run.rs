@@ -79,18 +79,14 @@ fn texture_starts_from_noise_and_leaves_it_to_its_owner() {
     assert_same(run.references.content.as_ref().unwrap(), &latents(8, 6, 8));
 }
 
-/// The start alone is moved: the content that the loss looks at stays, and a run that has begun goes on from where it is.
+/// Start and content are moved, once; the references stay as they were given, and a run that has begun goes on from where it is.
 #[test]
-fn a_run_may_start_with_the_styles_statistics() {
+fn a_run_may_take_the_styles_statistics_first() {
     tch::set_num_threads(1);
     let toy = Toy::new(Kind::Float);
     let moved = adain(&latents(8, 6, 8), &[latents(9, 8, 8)]).unwrap();
     assert!(difference(&moved, &latents(8, 6, 8)) > 0.05);
-    let by_hand = || {
-        let mut run = transfer(&toy, 3);
-        run.latents = moved.copy();
-        run
-    };
+    let by_hand = || Distiller::style_transfer(extractor(&toy), times(3), references().with_content(moved.copy()), 0.25).unwrap();
     let mut settings = Settings::style_transfer();
     assert!(!transfer(&toy, 3).with_settings(&settings).unwrap().adain);
     settings.adain = true;
@@ -98,6 +94,12 @@ fn a_run_may_start_with_the_styles_statistics() {
     let picture = by_hand().finish().unwrap();
     assert_same(&run().finish().unwrap(), &picture);
     assert!(difference(&transfer(&toy, 3).finish().unwrap(), &picture) > 1e-3);
+    // Not of the start alone.
+    let mut start = transfer(&toy, 3);
+    start.latents = moved.copy();
+    assert!(difference(&start.finish().unwrap(), &picture) > 1e-3);
+    assert_same(&run().targets().unwrap().content.unwrap(), &moved);
+    assert_same(&transfer(&toy, 3).targets().unwrap().content.unwrap(), &latents(8, 6, 8));
     // Asked for twice it is done once; another optimizer changes nothing of it; a start that is put in afterwards counts.
     assert_same(&run().with_settings(&settings).unwrap().finish().unwrap(), &picture);
     let descent = || GradientDescent { learning_rate: 0.1 };
@@ -123,6 +125,9 @@ fn a_run_may_start_with_the_styles_statistics() {
     let wider = (grey().narrow(1, 1, 1) - middle) * 4.0 + mean;
     let mut other = by_hand();
     other.latents = Tensor::cat(&[style.narrow(1, 0, 1), wider, style.narrow(1, 2, 2)], 1);
+    run_of_grey.references.content = Some(grey());
+    assert!(difference(&run_of_grey.targets().unwrap().content.unwrap(), &other.latents) < 1e-5);
+    other.references.content = Some(other.latents.copy());
     assert!(difference(&run_of_grey.finish().unwrap(), &other.finish().unwrap()) < 1e-3);
 
     // Saved before or after its first step, it goes on to the same picture.
@@ -134,11 +139,23 @@ fn a_run_may_start_with_the_styles_statistics() {
         resumed.resume(&first.checkpoint().unwrap()).unwrap();
         assert_same(&resumed.finish().unwrap(), &picture);
     }
-    // Begun without it, it is too late.
-    let mut begun = transfer(&toy, 3);
-    begun.advance().unwrap();
+    // Begun without it, it is too late for the start.
+    let [mut begun, mut other] = [(); 2].map(|()| transfer(&toy, 3));
+    for run in [&mut begun, &mut other] {
+        run.advance().unwrap();
+    }
     begun.adain = true;
-    assert_same(&begun.finish().unwrap(), &transfer(&toy, 3).finish().unwrap());
+    other.references.content = Some(moved.copy());
+    assert_same(&begun.finish().unwrap(), &other.finish().unwrap());
+
+    // One content for two pictures, each with a style of its own.
+    let pair = |a: Tensor, b: Tensor| Tensor::cat(&[a, b], 0);
+    let two = References::style(pair(latents(9, 8, 8), latents(10, 8, 8))).with_content(latents(8, 6, 8));
+    let mut batch = Distiller::style_transfer(extractor(&toy), times(2), two, 0.25).unwrap();
+    (batch.latents, batch.adain) = (pair(latents(8, 6, 8), latents(8, 6, 8)), true);
+    let other = adain(&latents(8, 6, 8), &[latents(10, 8, 8)]).unwrap();
+    assert!(difference(&batch.targets().unwrap().content.unwrap(), &pair(moved, other)) < 1e-5);
+    batch.finish().unwrap();
 
     let mut half = transfer(&toy, 3);
     (half.latents, half.adain) = (half.latents.to_kind(Kind::Half), true);

@@ -3,7 +3,7 @@
 use super::capturable::Capturable;
 use super::statics::Statics;
 use super::{CudaGraphs, Recorder};
-use crate::{Adam, Checkpoint, Distiller, Progress, Result};
+use crate::{Adam, Checkpoint, Distiller, Progress, References, Result};
 use tch::Tensor;
 
 /// A [`Distiller`] whose passes and optimizer steps are captured by the first [`advance`](Self::advance) and repeated by all: one graph
@@ -115,6 +115,7 @@ struct Captured<G> {
     look: Option<G>,
     descend: G,
     statics: Statics,
+    targets: References,
 }
 
 #[allow(unsafe_code)]
@@ -122,15 +123,16 @@ impl<G> Captured<G> {
     fn new<D: Capturable, R: Recorder<Graph = G>>(recorder: &mut R, run: &Distiller<D, Adam>, timestep: f64) -> Result<Self> {
         let device = run.latents.device();
         // Sound ones from the first: what is captured is done a few times before.
-        let mut statics = Statics::new(&run.latents, run.optimizer.config, &run.extractor.references(&run.references, timestep)?)?;
+        let targets = run.targets()?;
+        let mut statics = Statics::new(&run.latents, run.optimizer.config, &run.extractor.references(&targets, timestep)?)?;
         statics.load(&run.latents, &run.optimizer, timestep)?;
         let cached = run.references.counted().any(|style| style.cache.is_some());
-        // SAFETY: what the work reads and writes are `statics`, which are kept beside the graphs and dropped after them, and the run's network,
-        // condition, references and loss, which GraphedDistiller drops after both and lets nobody change while they are there.
-        let look = if cached { None } else { Some(unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &run.references)) }?) };
+        // SAFETY: what the work reads and writes are `statics` and `targets`, which are kept beside the graphs and dropped after them, and the run's
+        // network, condition, references and loss, which GraphedDistiller drops after both and lets nobody change while they are there.
+        let look = if cached { None } else { Some(unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &targets)) }?) };
         // SAFETY: as above.
         let descend = unsafe { recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss)) }?;
-        Ok(Self { look, descend, statics })
+        Ok(Self { look, descend, statics, targets })
     }
 
     /// The iterations of one timestep: latents and loss.
@@ -139,12 +141,12 @@ impl<G> Captured<G> {
         D: Capturable,
         R: Recorder<Graph = G>,
     {
-        let Self { look, descend, statics } = self;
+        let Self { look, descend, statics, targets } = self;
         statics.load(&run.latents, &run.optimizer, timestep)?;
         match look {
             // SAFETY: as in `new`, and by the same recorder.
-            Some(look) => unsafe { recorder.replay(look, &mut || statics.look(&run.extractor, &run.references)) }?,
-            None => statics.take(&run.extractor.references(&run.references, timestep)?)?,
+            Some(look) => unsafe { recorder.replay(look, &mut || statics.look(&run.extractor, targets)) }?,
+            None => statics.take(&run.extractor.references(targets, timestep)?)?,
         }
         for _ in 0..run.iterations {
             // SAFETY: as in `new`, and by the same recorder.

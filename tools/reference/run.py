@@ -55,7 +55,7 @@ def arguments():
     parser.add_argument("--iterations", type=int, help="Adam steps per timestep; default: the authors'")
     parser.add_argument("--lr", type=float, help="default: the authors'")
     parser.add_argument("--content-weight", type=float, default=0.25)
-    parser.add_argument("--adain", action="store_true", help="of style_transfer: the start gets the styles' statistics; the authors' does not")
+    parser.add_argument("--adain", action="store_true", help="of style_transfer: the content first gets the styles' statistics; the authors' does not")
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--window", type=int, default=64, help="in latents")
@@ -165,8 +165,9 @@ def main():
     settings = {"steps": args.steps, "iterations": args.iterations, "learning_rate": args.lr, "progress": progress}
     if args.task == "style_transfer":
         content = encode(args.content)
-        start = with_statistics(content, styles, most=4) if args.adain else content
-        run = optimise(model, start, styles, content, args.content_weight, **settings)
+        if args.adain:
+            content = with_statistics(content, styles, most=4)
+        run = optimise(model, content, styles, content, args.content_weight, **settings)
         picture = model.decode(run.latents)
     elif args.task == "text_to_image":
         settings |= {"guidance": args.guidance, "seed": args.seed, "size": args.size}
