@@ -49,6 +49,21 @@ impl References {
         }
         regions::adain(latents, self, &tables, most)
     }
+
+    /// The same of a content, which may serve a batch of so many pictures: where these have styles or regions of their own, it becomes one
+    /// for each.
+    pub(crate) fn adain_of_content(&self, content: &Tensor, pictures: i64, most: f64) -> Result<Tensor> {
+        if content.size().first() != Some(&1) || !self.differ_by_picture()? {
+            return self.adain_within(content, most);
+        }
+        self.adain_within(&content.f_repeat_interleave_self_int(pictures, Some(0), None)?, most)
+    }
+
+    fn differ_by_picture(&self) -> Result<bool> {
+        let styles = self.counted().any(|style| style.of.size().first().is_some_and(|&pictures| pictures > 1));
+        let mut maps = self.labels.iter().chain(self.counted().filter_map(|style| style.labels.as_ref()));
+        Ok(styles || maps.try_fold(false, |any, map| Ok::<_, Error>(any || map.batch()? > 1))?)
+    }
 }
 
 fn towards<'a>(latents: &Tensor, styles: impl Iterator<Item = &'a Tensor>, most: f64) -> Result<Tensor> {

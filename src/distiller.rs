@@ -8,7 +8,7 @@ use crate::{
 };
 use tch::{Kind, Tensor};
 
-/// How much wider AdaIN of the start may make a channel of the latents. A grey photograph's colours are next to nothing but rounding, which
+/// How much wider AdaIN of start and content may make a channel of the latents. A grey photograph's colours are next to nothing but rounding, which
 /// would come out as patches; of the bundled model's 144 judged pairs six would have more, up to 6.2.
 const WIDEN: f64 = 4.0;
 
@@ -39,7 +39,7 @@ pub struct Distiller<D: Denoiser, O = Adam> {
     /// Whether the latents get the styles' mean and deviation before the first step, and the content before the network looks at it, for
     /// short runs: Adam moves a latent by little more than its learning rate per step, so strong colours that the styles lack would be left
     /// half way, and the content loss would hold on to them. As [`References::adain`], but no deviation becomes more than four times what
-    /// it was, since a grey picture's colours are noise. Off, the run is the authors'.
+    /// it was, since a grey picture's colours are noise. Off, the run is the authors'. Changed on the way, it concerns the content alone.
     pub adain: bool,
     /// The picture so far, f32; on a new run, where it starts.
     pub latents: Tensor,
@@ -88,7 +88,7 @@ impl<D: Denoiser> Distiller<D> {
 }
 
 impl<D: Denoiser> Distiller<D, Adam> {
-    /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate and AdaIN of the start. Timesteps and
+    /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate and AdaIN. Timesteps and
     /// content weight are arguments of what makes a run, layers its extractor's.
     ///
     /// # Errors
@@ -109,15 +109,17 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         Distiller { extractor, timesteps, references, loss, optimizer, iterations, adain, latents, step, soundness }
     }
 
-    /// What the steps go towards: the [references](Self::references), with [`adain`](Self::adain) the content in the styles' mean and
-    /// deviation. The references themselves stay as they are.
+    /// What the steps go towards: the [references](Self::references), where [`adain`](Self::adain) is on with the content in the styles' mean
+    /// and deviation, in f32; where these are each picture's own, a content that serves a whole batch becomes one for each. The references
+    /// themselves stay as they are.
     ///
     /// # Errors
     /// As [`References::adain`].
     pub fn targets(&self) -> Result<References> {
         let mut targets = self.references.shallow_clone();
         if let (true, Some(content)) = (self.adain, &self.references.content) {
-            targets.content = Some(self.in_the_styles_statistics(&self.for_each_picture(content)?)?);
+            let pictures = self.latents.size().first().copied().unwrap_or(1);
+            targets.content = Some(tch::no_grad(|| self.references.adain_of_content(content, pictures, WIDEN))?);
         }
         Ok(targets)
     }
@@ -176,25 +178,9 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// What the first step begins with.
     fn first_latents(&mut self) -> Result<()> {
         if self.adain && self.step == 0 {
-            self.latents = self.in_the_styles_statistics(&self.latents)?;
+            self.latents = tch::no_grad(|| self.references.adain_within(&self.latents, WIDEN))?;
         }
         Ok(())
-    }
-
-    fn in_the_styles_statistics(&self, latents: &Tensor) -> Result<Tensor> {
-        tch::no_grad(|| self.references.adain_within(latents, WIDEN))
-    }
-
-    /// One content may serve a whole batch, whose pictures may have styles or regions of their own.
-    fn for_each_picture(&self, content: &Tensor) -> Result<Tensor> {
-        match (content.size().first(), self.latents.size().first()) {
-            (Some(1), Some(&pictures)) if pictures > 1 => {
-                let mut each = vec![-1; content.dim()];
-                each.splice(..1, [pictures]);
-                Ok(content.f_expand(each, false)?)
-            }
-            _ => Ok(content.shallow_clone()),
-        }
     }
 
     /// The iterations of one timestep: latents and loss.

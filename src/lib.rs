@@ -73,7 +73,7 @@
 //! | improved decoding: the decoder tuned to the reference by L1 and Adam | [`DecoderTuning`](crate::stable_diffusion::DecoderTuning) |
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
-//! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise ([`Distiller::adain`](Distiller) gives them the styles' statistics); for each
+//! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise ([`Distiller::adain`](Distiller) first gives start and content the styles' statistics); for each
 //! timestep take the features of the clean references once, then `iterations` steps of one Adam on `z`; decode.
 //!
 //! Sampling: start from noise; for each timestep predict the noise under prompt and negative prompt, step with DDIM, and then,

@@ -96,8 +96,8 @@ pub struct Settings {
     /// Classifier-free guidance of [`Procedure::Sampling`]; 1 is none.
     pub guidance: f64,
     /// Whether the latents get the styles' mean and deviation ([`References::adain`](crate::References::adain)): by
-    /// [`Procedure::Sampling`] before the descents of each timestep, by [`Procedure::Optimisation`] once, where the run starts, the
-    /// content as well, within bounds ([`Distiller::adain`](crate::Distiller)).
+    /// [`Procedure::Sampling`] before the descents of each timestep, by [`Procedure::Optimisation`] the
+    /// start, once, and the content that the loss looks at, within bounds ([`Distiller::adain`](crate::Distiller)).
     pub adain: bool,
 }
 
@@ -126,7 +126,7 @@ impl Settings {
 
     /// Style transfer in 60 Adam steps at 20 timesteps: a fifth of the work of [`style_transfer`](Self::style_transfer). The picture
     /// stays nearer to the content; how much: PERFORMANCE.md. With [`adain`](Self::adain) it starts in the styles' colours, which so few steps
-    /// may not reach, and with the content in them.
+    /// may not reach.
     pub fn style_transfer_fast() -> Self {
         Self { steps: 20, iterations: 3, ..Self::style_transfer() }
     }

@@ -236,7 +236,7 @@ fn a_folders_own_settings_hold() {
 
 /// Off unless asked for, by both methods; the flag given last wins over the other and over the folder.
 #[test]
-fn a_start_with_the_styles_statistics() {
+fn with_the_styles_statistics() {
     let place = place();
     let copy = ModelCopy::new();
     let draw = |more: &[&str]| {

@@ -11,6 +11,7 @@ use attention_distillation::{
     Result, Style, TotalLoss,
 };
 use graphs::{Again, Noting, NotingLoss};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use tch::{Kind, Tensor};
 use toy::{assert_same, latents, relative, Toy, Trouble};
@@ -106,6 +107,7 @@ fn a_run_by_graphs_is_the_same_run() {
         References::styles([style]).with_content(latents(8, 6, 8)).with_labels(map([0, 1]))
     };
     assert_eq!(both(labelled, |_| {}), (2, 16));
+    assert_eq!(both(labelled, |run| run.adain = true), (2, 16));
 }
 
 /// Where the losses see the graph's own features, which f64 would copy.
@@ -152,8 +154,14 @@ fn a_run_may_have_begun() {
 /// A GPU's graph reads addresses: so the work must find everything where it was, and nothing by number.
 #[test]
 fn all_that_changes_stays_in_its_place() {
+    stays_in_its_place(false);
+    stays_in_its_place(true);
+}
+
+fn stays_in_its_place(adain: bool) {
     let net = Noting::new();
     let mut run = transfer(&net, 5, references());
+    run.adain = adain;
     let places = Arc::new(Mutex::new(vec![]));
     run.loss = TotalLoss::default().plus(1.0, NotingLoss(AdLoss::default(), Arc::clone(&places)));
     run.iterations = 2;
@@ -170,15 +178,15 @@ fn all_that_changes_stays_in_its_place() {
     assert_eq!(net.by_number.get(), 0);
     assert_eq!(recorder.replays.get(), 5 + 10);
     let seen = net.places.borrow();
-    let (styles, pictures): (Vec<_>, Vec<_>) = seen.iter().partition(|(latents, _)| *latents == rooms);
-    let same = |places: &[(usize, usize)]| places.windows(2).all(|pair| pair[0] == pair[1]);
-    assert!(styles.len() == 3 + 5 && same(&styles), "{styles:?}");
-    let timestep = styles[0].1;
+    let timestep = seen[0].1;
     assert!(seen.iter().all(|(_, at)| *at == timestep), "{seen:?}");
     // In an iteration autograd is given a handle of its own on the same memory.
+    let mut looks = BTreeMap::new();
+    seen.iter().for_each(|(latents, _)| *looks.entry(*latents).or_insert(0) += 1);
+    assert_eq!(looks.remove(&rooms), Some(3 + 5), "the style");
     let content = run.run().references.content.as_ref().unwrap().data_ptr() as usize;
-    let pictures: Vec<_> = pictures.into_iter().filter(|(latents, _)| *latents != content).collect();
-    assert!(pictures.len() == 3 + 10 && same(&pictures), "{pictures:?}");
+    assert_eq!(looks.get(&content), (!adain).then_some(&8));
+    assert_eq!(looks.into_values().collect::<BTreeSet<_>>(), [3 + 5, 3 + 10].into(), "the content, and the picture");
     let places = places.lock().unwrap();
     assert_eq!((places.len(), places[0].len()), (3 + 10, 2 * 2 + 2));
     assert!(places.windows(2).all(|pair| pair[0] == pair[1]), "{places:?}");
@@ -266,9 +274,10 @@ fn the_graphs_go_with_the_last_step() {
 #[test]
 fn a_change_is_captured_anew() {
     let net = Noting::new();
-    let changes: [fn(&mut Distiller<&Noting>); 4] = [
+    let changes: [fn(&mut Distiller<&Noting>); 5] = [
         |run| run.loss = TotalLoss::default().plus(1.0, AdLoss::default().with_sharpness(2.0)),
         |run| run.optimizer.config.learning_rate = 0.2,
+        |run| run.adain = true,
         |run| run.references = References::style(latents(30, 4, 4)).with_content(latents(8, 6, 8)),
         |run| (run.latents, run.optimizer) = (latents(31, 6, 8), Adam::default()),
     ];
@@ -311,8 +320,11 @@ fn what_cannot_be_captured_leaves_a_run_to_go_on_without() {
 fn styles_with_a_cache_are_not_captured() {
     let cache = FeatureCache::new(1 << 20);
     let cached = || References::styles([Style::new(latents(9, 8, 8)).with_cache(cache.clone())]).with_content(latents(8, 6, 8));
-    assert_eq!(both(cached, |_| {}), (1, 8));
-    assert_eq!(cache.len(), 8);
+    for adain in [false, true] {
+        assert_eq!(both(cached, |run| run.adain = adain), (1, 8));
+        assert_eq!(cache.len(), 8);
+        cache.clear();
+    }
 }
 
 /// Opens nothing before it is asked to; then says what is missing, or works.

@@ -733,7 +733,7 @@ fn runs_with_adain_by_region() {
     }
 }
 
-/// Of an optimisation likewise: its start, of two pictures, by region.
+/// Of an optimisation likewise: start and content, of two pictures, by region.
 #[test]
 fn an_optimisation_with_adain_by_region() {
     let toy = toy();
@@ -751,6 +751,22 @@ fn an_optimisation_with_adain_by_region() {
     assert_same(&found, &end(references().adain(&start()).unwrap(), false));
     let plain = adain(&start(), &references().styles.iter().map(|style| style.of.shallow_clone()).collect::<Vec<_>>()).unwrap();
     assert!(difference(&found, &end(plain, false)) > 0.1);
+
+    // The content as the start is, for both pictures where there is one for both.
+    let mut seen = Distiller::new(extractor(&toy), vec![801.0, 1.0], references().with_content(start()), start());
+    seen.adain = true;
+    assert_same(&seen.targets().unwrap().content.unwrap(), &references().adain(&start()).unwrap());
+    seen.references.content = Some(latents(1, 6, 8));
+    let one = seen.targets().unwrap().content.unwrap();
+    assert!(difference(&one.narrow(0, 0, 1), &references().adain(&start()).unwrap().narrow(0, 0, 1)) < 1e-5);
+    assert_same(&one, &one.narrow(0, 0, 1));
+    // Maps of each picture's own, but one content.
+    let maps = || LabelMap::new(&Tensor::cat(&[stripes(&[1, 2], 6, 8), stripes(&[2, 1], 6, 8)], 0)).unwrap();
+    seen.references.labels = Some(maps());
+    let each = seen.targets().unwrap().content.unwrap();
+    assert_same(&each, &references().with_labels(maps()).adain(&Tensor::cat(&[latents(1, 6, 8), latents(1, 6, 8)], 0)).unwrap());
+    assert!(difference(&each.narrow(0, 0, 1), &one) < 1e-5 && difference(&each.narrow(0, 1, 1), &one) > 0.5);
+    let _ = seen.finish().unwrap();
 
     // Flat regions are made four times as wide, no more.
     let flat = || start() * 0.01;

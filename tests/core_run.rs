@@ -79,7 +79,7 @@ fn texture_starts_from_noise_and_leaves_it_to_its_owner() {
     assert_same(run.references.content.as_ref().unwrap(), &latents(8, 6, 8));
 }
 
-/// Start and content are moved, once; the references stay as they were given, and a run that has begun goes on from where it is.
+/// Start and content are moved, from what they were given; the references stay, and a run that has begun goes on from where it is.
 #[test]
 fn a_run_may_take_the_styles_statistics_first() {
     tch::set_num_threads(1);
@@ -154,11 +154,19 @@ fn a_run_may_take_the_styles_statistics_first() {
     let mut batch = Distiller::style_transfer(extractor(&toy), times(2), two, 0.25).unwrap();
     (batch.latents, batch.adain) = (pair(latents(8, 6, 8), latents(8, 6, 8)), true);
     let other = adain(&latents(8, 6, 8), &[latents(10, 8, 8)]).unwrap();
-    assert!(difference(&batch.targets().unwrap().content.unwrap(), &pair(moved, other)) < 1e-5);
-    batch.finish().unwrap();
+    let by_hand = pair(moved.copy(), other);
+    assert!(difference(&batch.targets().unwrap().content.unwrap(), &by_hand) < 1e-5);
+    let styles = || References::style(pair(latents(9, 8, 8), latents(10, 8, 8)));
+    let mut given = Distiller::style_transfer(extractor(&toy), times(2), styles().with_content(by_hand), 0.25).unwrap();
+    assert!(difference(&batch.finish().unwrap(), &given.finish().unwrap()) < 1e-3);
+    // Of one style they see one content, which then takes one pass.
+    batch.references = references();
+    assert_same(&batch.targets().unwrap().content.unwrap(), &moved);
 
     let mut half = transfer(&toy, 3);
     (half.latents, half.adain) = (half.latents.to_kind(Kind::Half), true);
+    half.references.content = half.references.content.map(|content| content.to_kind(Kind::Half));
+    assert_eq!(half.targets().unwrap().content.unwrap().kind(), Kind::Float);
     half.advance().unwrap();
     assert_eq!((half.latents.kind(), half.latents.requires_grad()), (Kind::Float, false));
     let mut none = Distiller::new(extractor(&toy), times(3), References::default(), latents(8, 6, 8));
@@ -222,16 +230,20 @@ fn a_step_costs_what_it_must_and_no_more() {
 fn kept_features_of_references_give_the_same_run_without_their_passes() {
     tch::set_num_threads(1);
     let toy = Toy::new(Kind::Double);
-    let expected = transfer(&toy, 5).finish().unwrap();
-    let mut run = transfer(&toy, 5);
-    let kept: Vec<References<Features>> = times(5).into_iter().map(|t| run.extractor.references(&run.references, t).unwrap()).collect();
-    let before = toy.forwards.get();
-    for features in &kept {
-        assert!(run.advance_towards(features).unwrap().is_some());
+    for adain in [false, true] {
+        let [mut expected, mut run] = [(); 2].map(|()| transfer(&toy, 5));
+        (expected.adain, run.adain) = (adain, adain);
+        let expected = expected.finish().unwrap();
+        let targets = run.targets().unwrap();
+        let kept: Vec<References<Features>> = times(5).into_iter().map(|t| run.extractor.references(&targets, t).unwrap()).collect();
+        let before = toy.forwards.get();
+        for features in &kept {
+            assert!(run.advance_towards(features).unwrap().is_some());
+        }
+        assert!(run.advance_towards(&kept[0]).unwrap().is_none());
+        assert_eq!(toy.forwards.get() - before, 5);
+        assert_same_run(&run.latents, &expected);
     }
-    assert!(run.advance_towards(&kept[0]).unwrap().is_none());
-    assert_eq!(toy.forwards.get() - before, 5);
-    assert_same_run(&run.latents, &expected);
 }
 
 #[test]

@@ -47,12 +47,13 @@ fn levels(a: &Tensor, b: &Tensor) -> f64 {
 #[test]
 fn a_run_by_graphs_ends_in_the_same_picture() {
     let Some((_alone, device)) = gpu("a_run_by_graphs_ends_in_the_same_picture") else { return };
-    for (kind, checkpointing) in [(Kind::Float, false), (Kind::Float, true), (Kind::BFloat16, false), (Kind::Half, false)] {
+    let plain = [(Kind::Float, false), (Kind::Float, true), (Kind::BFloat16, false), (Kind::Half, false)].map(|(kind, on)| (kind, on, false));
+    for (kind, checkpointing, adain) in plain.into_iter().chain([(Kind::Float, false, true)]) {
         let mut model = model(device, kind);
         model.set_gradient_checkpointing(checkpointing);
         let run = || {
             let mut run = transfer(&model, 8);
-            run.iterations = 2;
+            (run.iterations, run.adain) = (2, adain);
             run
         };
         let eager = |noise: f64| {
@@ -71,7 +72,9 @@ fn a_run_by_graphs_ends_in_the_same_picture() {
         // does half the iterations by 11.
         let ((wanted, theirs), (_, other)) = (eager(0.0), eager(1e-6));
         let (found, rounding) = (levels(&ours, &theirs), levels(&other, &theirs));
-        println!("{kind:?}, checkpointing {checkpointing}: first loss {first} and {wanted}; {found} grey levels, roundings {rounding}");
+        println!(
+            "{kind:?}, checkpointing {checkpointing}, AdaIN {adain}: first loss {first} and {wanted}; {found} grey levels, roundings {rounding}"
+        );
         assert!((first - wanted).abs() < if kind == Kind::Float { 1e-2 } else { 5e-2 } * wanted, "{kind:?}: {first} {wanted}");
         assert!(rounding < 4.0, "{kind:?}: roundings of {rounding} grey levels, among which no fault would be seen");
         assert!(found < 1.0 + 2.0 * rounding, "{kind:?}: {found} grey levels on average, roundings {rounding}");

@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 /// a content weight or a learning rate that is off by a few tenths moves some by less than 2: the tests are stricter than
 /// the promise.
 ///
-/// One thing must be exact: but for AdaIN, the run starts at the content's very latents, where the content loss and its gradient are 0.
+/// One thing must be exact: the run starts at the very latents that the content loss looks at, where it and its gradient are 0.
 /// Were the start off by a millionth, the signs of all its gradients would be drawn by lot (10 levels).
 const GREY_LEVELS: f64 = 0.25;
 

@@ -16,7 +16,8 @@ use tch::Tensor;
 /// A graph repeats what was captured, not what the run's fields say now. So these are read by [`run`](Self::run), and changed by
 /// [`change`](Self::change) alone, after which the next step is captured anew. What a network, a condition or a loss changes within itself goes unseen:
 /// all must keep, where they were, the tensors that they showed to the capture. One that frees or replaces such a tensor (`set_data` on a second handle
-/// does) makes the graph read memory that is no longer its.
+/// does) makes the graph read memory that is no longer its. With AdaIN, what is written into styles or content later no longer reaches the content
+/// that the steps see.
 pub struct GraphedDistiller<D: Capturable, R: Recorder = CudaGraphs> {
     // Dropped first: it works on the run's tensors.
     captured: Option<Captured<R::Graph>>,
@@ -115,6 +116,7 @@ struct Captured<G> {
     look: Option<G>,
     descend: G,
     statics: Statics,
+    /// Read by `look`; with AdaIN the content in it is nobody else's.
     targets: References,
 }
 
@@ -128,7 +130,7 @@ impl<G> Captured<G> {
         statics.load(&run.latents, &run.optimizer, timestep)?;
         let cached = run.references.counted().any(|style| style.cache.is_some());
         // SAFETY: what the work reads and writes are `statics` and `targets`, which are kept beside the graphs and dropped after them, and the run's
-        // network, condition, references and loss, which GraphedDistiller drops after both and lets nobody change while they are there.
+        // network, condition and loss, and the tensors that `targets` shares with its references, which GraphedDistiller drops after both and lets nobody change while they are there.
         let look = if cached { None } else { Some(unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &targets)) }?) };
         // SAFETY: as above.
         let descend = unsafe { recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss)) }?;
