@@ -136,7 +136,8 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         self.advance_towards(&references)
     }
 
-    /// The next timestep, towards features of [`targets`](Self::targets) that the caller kept from an earlier run.
+    /// The next timestep, towards features of [`targets`](Self::targets) that the caller kept from an earlier run. Those of
+    /// [`references`](Self::references) are the same without [`adain`](Self::adain) alone; nothing tells which were given.
     ///
     /// # Errors
     /// As [`advance`](Self::advance).

@@ -107,8 +107,8 @@ impl Style {
 ///
 /// Labels of the picture need a style that has some, or area weights; labels of a style need labels of the picture.
 ///
-/// [AdaIN](References::adain), where a run has it on, goes by the same weights: each region of the picture gets mean and deviation
-/// of what it sees of the styles.
+/// [AdaIN](References::adain), where a run has it on, goes by the same weights: each region of the picture, and in an optimisation of the
+/// content, gets mean and deviation of what it sees of the styles.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct References<T = Tensor> {

@@ -126,7 +126,7 @@ impl Settings {
 
     /// Style transfer in 60 Adam steps at 20 timesteps: a fifth of the work of [`style_transfer`](Self::style_transfer). The picture
     /// stays nearer to the content; how much: PERFORMANCE.md. With [`adain`](Self::adain) it starts in the styles' colours, which so few steps
-    /// may not reach.
+    /// may not reach, and sees the content in them.
     pub fn style_transfer_fast() -> Self {
         Self { steps: 20, iterations: 3, ..Self::style_transfer() }
     }

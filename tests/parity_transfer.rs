@@ -46,7 +46,9 @@ fn transfer(model: &Path, name: &str) {
     };
     if expected.find("adain").is_some() {
         run.adain = true;
-        comparison.close("start", &run.targets().unwrap().content.unwrap(), expected.get("start"), ACTIVATIONS);
+        // Where no channel becomes four times as wide, as here, the start is what plain AdaIN makes of it.
+        comparison.close("start", &run.references.adain(&run.latents).unwrap(), expected.get("start"), ACTIVATIONS);
+        comparison.close("content", &run.targets().unwrap().content.unwrap(), expected.get("start"), ACTIVATIONS);
     }
     run.iterations = expected.number("iterations") as usize;
     run.optimizer = Adam::new(AdamConfig::with_learning_rate(expected.number("learning_rate")));

@@ -30,8 +30,8 @@ pub struct Shared {
     /// How much of the content's layout stays, 0 (off) to 1
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub content_weight: Option<f64>,
-    /// Give the latents the styles' mean and deviation: by sampling in each step, by optimisation once, start and content; default: what
-    /// the model or the task says
+    /// Give the latents the styles' mean and deviation: by sampling in each step, by optimisation to the start, once, and to the
+    /// content; default: what the model or the task says
     #[arg(long, overrides_with = "no_adain")]
     pub adain: bool,
     /// Leave the latents' statistics as they are
