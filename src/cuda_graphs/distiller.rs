@@ -130,7 +130,8 @@ impl<G> Captured<G> {
         statics.load(&run.latents, &run.optimizer, timestep)?;
         let cached = run.references.counted().any(|style| style.cache.is_some());
         // SAFETY: what the work reads and writes are `statics` and `targets`, which are kept beside the graphs and dropped after them, and the run's
-        // network, condition and loss, and the tensors that `targets` shares with its references, which GraphedDistiller drops after both and lets nobody change while they are there.
+        // network, condition and loss, and the references' tensors in `targets`, which GraphedDistiller drops after both and lets nobody change
+        // while they are there.
         let look = if cached { None } else { Some(unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &targets)) }?) };
         // SAFETY: as above.
         let descend = unsafe { recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss)) }?;
