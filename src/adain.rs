@@ -60,9 +60,12 @@ impl References {
     }
 
     fn differ_by_picture(&self) -> Result<bool> {
-        let styles = self.counted().any(|style| style.of.size().first().is_some_and(|&pictures| pictures > 1));
-        let mut maps = self.labels.iter().chain(self.counted().filter_map(|style| style.labels.as_ref()));
-        Ok(styles || maps.try_fold(false, |any, map| Ok::<_, Error>(any || map.batch()? > 1))?)
+        for map in self.labels.iter().chain(self.counted().filter_map(|style| style.labels.as_ref())) {
+            if map.batch()? > 1 {
+                return Ok(true);
+            }
+        }
+        Ok(self.counted().any(|style| style.of.size().first().is_some_and(|&pictures| pictures > 1)))
     }
 }
 
