@@ -8,6 +8,7 @@ mod step;
 pub(crate) use passes::Aim;
 pub(crate) use passes::{OneByOne, Passes};
 
+use crate::progress::first_of_last;
 use crate::soundness::Soundness;
 use crate::{
     AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Guidance, Noise, Optimizer, Procedure, Progress, References, Result,
@@ -156,14 +157,7 @@ impl<D: Denoiser> GuidedSampler<D> {
     /// # Errors
     /// A strength that leaves no step or is above 1; a picture of another shape; a run that has begun, or is an edit already.
     pub fn edited(mut self, picture: &Tensor, strength: f64) -> Result<Self> {
-        let timesteps = self.scheduler.timesteps();
-        // 0.8 of 20 are 16, though their product in f64 may be a little more.
-        let taken = (timesteps.len() as f64 * strength - 1e-9).ceil();
-        let first = timesteps.len().saturating_sub(taken as usize);
-        let timestep = timesteps.get(first).filter(|_| strength > 0.0 && strength <= 1.0);
-        let Some(&timestep) = timestep else {
-            return Err(Error::argument("strength", format!("{strength} of {} steps are none, or more than all; use 0.6 or so", timesteps.len())));
-        };
+        let (first, timestep) = first_of_last(self.scheduler.timesteps(), strength)?;
         if self.step != 0 || self.edited {
             let done = if self.edited { "the run is an edit already".to_owned() } else { format!("{} are done", self.step) };
             return Err(Error::argument("step", format!("{done}; edit with a new run, whose latents are noise")));

@@ -74,7 +74,7 @@
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
 //! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise ([`Distiller::adain`](Distiller) first gives start and content the styles' statistics); for each
-//! timestep take the features of the clean references once, then `iterations` steps of one Adam on `z`; decode.
+//! timestep take the features of the clean references once, then `iterations` steps of one Adam on `z`; decode. Not in the paper: early timesteps at half the size ([`Distiller::with_draft`]).
 //!
 //! Sampling: start from noise; for each timestep predict the noise under prompt and negative prompt, step with DDIM, and then,
 //! at the timestep that it led to, take the features of the noised references once, and `iterations` steps of a fresh Adam.

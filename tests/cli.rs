@@ -156,6 +156,44 @@ fn flags_have_their_effect() {
     assert!(differ(&weight("0"), &weight("100")) > 0.0);
 }
 
+/// A picture of half the size first, which then takes the place of the early timesteps.
+#[test]
+fn from_coarse_to_fine() {
+    let place = place();
+    for (name, flags) in [
+        ("content", &["--content", "content.png", "--style", "style.png", "--steps", "5", "--lr", "0.3"][..]),
+        ("noise", &["--style", "style.png", "--steps", "5", "--lr", "0.3", "--size", "40x48"]),
+    ] {
+        let draw = |more: &[&str], run: &str| place.draw(&[flags, more].concat(), &format!("{name}_{run}.png"));
+        let plain = draw(&[], "plain");
+        let output = format!("{name}_fine.png");
+        let outcome = place.run(&[flags, &["--coarse-to-fine", "0.4", "--device", "cpu", "--sheet", "sheet.png", "--output", &output]].concat());
+        finished(&outcome, &output);
+        let (_, stderr) = texts(&outcome);
+        let steps: Vec<&str> = stderr.lines().map(|line| line.split([' ', ',']).nth(1).unwrap()).collect();
+        assert_eq!(steps, ["0/5", "1/5", "2/5", "3/5", "4/5", "5/5", "3/5", "4/5", "5/5"], "the draft, then the last two steps");
+        let fine = image::load(place.path(&output)).unwrap();
+        assert_eq!(size(&fine), (48, 40));
+        assert!(differ(&fine, &plain) > 0.0);
+        let (height, width) = size(&image::load(place.path("sheet.png")).unwrap());
+        assert!(height == 48 && width > 2 * 40, "inputs of the whole size: {height} {width}");
+        assert!(differ(&draw(&["--coarse-to-fine", "1"], "all"), &fine) > 0.0);
+    }
+    for (flags, told) in [
+        (["--coarse-to-fine", "0"].as_slice(), "use 0.4 or so"),
+        (&["--coarse-to-fine", "-0.4"], "use 0.4 or so"),
+        (&["--coarse-to-fine", "1.5"], "use 0.4 or so"),
+        (&["--coarse-to-fine", "NaN"], "use 0.4 or so"),
+        (&["--coarse-to-fine", "0.4", "--method", "sample"], "leave out --method sample"),
+        (&["--coarse-to-fine", "0.4", "--size", "8x8"], "8x8 pixels"),
+    ] {
+        let outcome = place.run(&[&QUICK[..], flags, &["--device", "cpu", "--output", "refused.png"]].concat());
+        assert_eq!(outcome.status.code(), Some(1), "{flags:?}");
+        assert!(texts(&outcome).1.contains(told), "{flags:?}: {}", texts(&outcome).1);
+        assert!(!place.files().contains_key("refused.png"));
+    }
+}
+
 /// The paper's second procedure, with a content and without.
 #[test]
 fn by_sampling() {

@@ -176,6 +176,69 @@ fn a_run_may_take_the_styles_statistics_first() {
 }
 
 #[test]
+fn from_coarse_to_fine_a_run_takes_its_last_steps_from_a_draft() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let draft = latents(4, 6, 8);
+    let by_hand = |first: usize| {
+        let mut run = transfer(&toy, 5);
+        run.timesteps.drain(..first);
+        run.latents = draft.copy();
+        run
+    };
+    for (strength, first) in [(1.0, 0), (0.6, 2), (0.41, 2), (0.4, 3), (1e-3, 4)] {
+        let mut run = transfer(&toy, 5).with_draft(&draft, strength).unwrap();
+        assert_eq!(run.step, first, "{strength}");
+        assert_same(&run.latents, &draft);
+        assert_same(&run.finish().unwrap(), &by_hand(first).finish().unwrap());
+    }
+    assert_same(&draft, &latents(4, 6, 8));
+
+    // AdaIN concerns the content alone, also with a draft for all steps, after another optimizer, and when such a run goes on from a file.
+    let adain_run = |strength: f64| {
+        let mut run = transfer(&toy, 5).with_draft(&draft, strength).unwrap().with_optimizer(Adam::default());
+        run.adain = true;
+        run
+    };
+    for (strength, first) in [(1.0, 0), (0.4, 3)] {
+        let mut other = by_hand(first);
+        other.references.content = Some(adain(&latents(8, 6, 8), &[latents(9, 8, 8)]).unwrap());
+        let picture = other.finish().unwrap();
+        assert_same(&adain_run(strength).finish().unwrap(), &picture);
+        let mut resumed = transfer(&toy, 5);
+        resumed.adain = true;
+        let mut begun = adain_run(strength);
+        begun.advance().unwrap();
+        resumed.resume(&begun.checkpoint().unwrap()).unwrap();
+        assert_same(&resumed.finish().unwrap(), &picture);
+    }
+
+    // One draft for a batch, in any precision.
+    let mut pair = transfer(&toy, 5);
+    pair.latents = Tensor::cat(&[latents(8, 6, 8), latents(8, 6, 8)], 0);
+    let mut pair = pair.with_draft(&draft.to_kind(Kind::Half), 0.4).unwrap();
+    assert_eq!((pair.latents.kind(), pair.latents.size()), (Kind::Float, vec![2, 4, 6, 8]));
+    let both = pair.finish().unwrap();
+    assert!(difference(&both.narrow(0, 0, 1), &both.narrow(0, 1, 1)) < 1e-5);
+
+    for strength in [0.0, -0.4, 1.1, f64::NAN, f64::INFINITY] {
+        let error = transfer(&toy, 5).with_draft(&draft, strength).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "strength", .. }), "{strength}: {error}");
+    }
+    for wrong in [latents(4, 6, 6), latents(4, 8, 6), Tensor::cat(&[draft.copy(), draft.copy()], 0), draft.squeeze_dim(0)] {
+        let error = transfer(&toy, 5).with_draft(&wrong, 0.4).unwrap_err();
+        assert!(matches!(error, Error::Shape { name: "draft", .. }), "{error}");
+    }
+    let mut begun = transfer(&toy, 5);
+    begun.advance().unwrap();
+    for run in [begun, transfer(&toy, 5).with_draft(&draft, 1.0).unwrap()] {
+        assert!(matches!(run.with_draft(&draft, 0.4), Err(Error::Argument { argument: "step", .. })));
+    }
+    let none = Distiller::new(extractor(&toy), vec![], references(), latents(8, 6, 8));
+    assert!(matches!(none.with_draft(&draft, 0.4), Err(Error::Argument { argument: "strength", .. })));
+}
+
+#[test]
 fn progress_says_where_the_run_is() {
     tch::set_num_threads(1);
     let toy = Toy::new(Kind::Float);
