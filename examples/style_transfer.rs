@@ -21,7 +21,8 @@ struct Flags {
     /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
-    /// Draw half the size first, then take the last F of the timesteps (0 to 1, 0.4 say) at the whole size: faster, much the same picture
+    /// First make a draft of half the size, then take the last fraction F of the timesteps at the whole size (above 0, at most 1; try 0.4):
+    /// much the same picture in less time
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     coarse_to_fine: Option<f64>,
     #[command(flatten)]
@@ -60,6 +61,8 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let inputs = Inputs { content, styles };
     let scaled = inputs.scaled(&model, size)?;
+    let draft = flags.coarse_to_fine.map(|_| half(&model, size).and_then(|size| Ok((inputs.scaled(&model, size)?, size)))).transpose()?;
+    drop(inputs);
     let result = if flags.method == Method::Sample {
         let references = common::references(&model, &scaled.styles, scaled.content.as_ref())?;
         let extractor = common::extractor(&model, &settings, size)?;
@@ -68,19 +71,26 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         let guidance = model.guidance(&[""], None, settings.guidance, size)?;
         let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
         flags.graphs.follow(run.with_settings(&settings)?, &model, shared, &files)?.0
-    } else if let Some(strength) = flags.coarse_to_fine {
-        let half = model.fit((size.0 / 2, size.1 / 2))?;
-        let run = optimisation(&model, &settings, &inputs.scaled(&model, half)?, half, shared.seed)?;
-        let (draft, go_on) = flags.graphs.follow(run, &model, shared, &files)?;
-        let draft = image::resize(&draft, size)?;
-        if go_on {
-            let run = optimisation(&model, &settings, &scaled, size, shared.seed)?.with_draft(&model.encode(&draft)?, strength)?;
-            flags.graphs.follow(run, &model, shared, &files)?.0
-        } else {
-            draft
-        }
     } else {
-        flags.graphs.follow(optimisation(&model, &settings, &scaled, size, shared.seed)?, &model, shared, &files)?.0
+        let run = optimisation(&model, &settings, &scaled, size, shared.seed)?;
+        match (flags.coarse_to_fine, draft) {
+            (Some(strength), Some((inputs, (height, width)))) => {
+                common::say(format_args!("a draft of {width}x{height} pixels first"));
+                let first = optimisation(&model, &settings, &inputs, (height, width), shared.seed)?;
+                let (draft, go_on) = flags.graphs.follow(first, &model, shared, &files)?;
+                let draft = image::resize(&draft, size)?;
+                // Worth keeping, should the rest fail.
+                common::save(&draft, &files)?;
+                if go_on {
+                    common::say(format_args!("the last steps at {}x{}", size.1, size.0));
+                    flags.graphs.follow(run.with_draft(&model.encode(&draft)?, strength)?, &model, shared, &files)?.0
+                } else {
+                    common::say("the picture is the draft, enlarged");
+                    draft
+                }
+            }
+            _ => flags.graphs.follow(run, &model, shared, &files)?.0,
+        }
     };
     common::save(&result, &files)?;
     common::sheet(shared, &scaled.content.iter().chain(&scaled.styles).collect::<Vec<_>>(), &[result])?;
@@ -99,6 +109,11 @@ impl Inputs {
         let content = self.content.as_ref().map(|picture| image::resize(picture, size)).transpose()?;
         Ok(Self { content, styles: common::scaled_to_area(model, &self.styles, size)? })
     }
+}
+
+/// A quarter of the area, in about the same proportions.
+fn half(model: &StableDiffusion, (height, width): (i64, i64)) -> Result<(i64, i64)> {
+    model.fit(image::size_of_area((height, width), (height * width / 4).max(1), model.vae().factor())?)
 }
 
 /// From the content's latents, or from noise where there is none.
@@ -123,8 +138,9 @@ impl Flags {
     /// Before the draft is drawn in vain.
     fn check_strength(&self) -> Result<()> {
         let reason = match self.coarse_to_fine {
-            Some(_) if self.method == Method::Sample => "is a way to optimise; leave out --method sample".to_owned(),
-            Some(strength) if !(strength > 0.0 && strength <= 1.0) => format!("{strength} of the steps are none, or more than all; use 0.4 or so"),
+            Some(_) if self.method == Method::Sample => "is of --method optimise only; leave out --method sample".to_owned(),
+            // Of a schedule's 1000 timesteps the least are still one.
+            Some(strength) if !(1e-6..=1.0).contains(&strength) => format!("{strength} of the steps are none, or more than all; use 0.4 or so"),
             _ => return Ok(()),
         };
         Err(Error::Argument { argument: "coarse-to-fine", reason })

@@ -1,7 +1,7 @@
 //! The paper's optimisation: style transfer, appearance transfer and texture synthesis.
 
 use crate::optimizer::{copy, copy_state, state_on};
-use crate::progress::first_of_last;
+use crate::progress::start_of_last;
 use crate::soundness::Soundness;
 use crate::Settings;
 use crate::{
@@ -44,7 +44,7 @@ pub struct Distiller<D: Denoiser, O = Adam> {
     pub adain: bool,
     /// The picture so far, f32; on a new run, where it starts.
     pub latents: Tensor,
-    /// Steps done.
+    /// Steps done; with a [draft](Self::with_draft) those that it stands for are among them.
     pub step: usize,
     drafted: bool,
     soundness: Soundness,
@@ -123,19 +123,20 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         Distiller { extractor, timesteps, references, loss, optimizer, iterations, adain, latents, step, drafted, soundness }
     }
 
-    /// The same run as the second half of one from coarse to fine: of its timesteps only the last `strength` (above 0, 1 are all) are taken,
-    /// from the latents of `draft`, `(1 or batch, channels, height, width)`, the enlarged picture of a smaller run. Early timesteps settle large
-    /// forms, which at half the size cost a quarter and less: with 0.4 both runs together take about half the time of one, for much the same
-    /// picture. The draft has the styles' statistics already, so [`adain`](Self::adain) concerns the content alone.
+    /// The same run as the second part of one from coarse to fine: a whole run makes the picture at half the size, say, and this one takes
+    /// only the last `strength` (above 0, at most 1) of its timesteps, from that picture. Large forms are settled at the small size, where a step costs a quarter
+    /// or less, so that with 0.4 both take about half the time of one whole run, for much the same picture. The authors have no such thing.
     ///
-    /// The authors have no such thing.
+    /// `draft` are latents `(1 or batch, channels, height, width)` of this run's size, those of the enlarged picture: decode what the first run made,
+    /// enlarge it, [`image::resize`](crate::image::resize) for instance, and encode it. It has the styles' statistics already, so [`adain`](Self::adain) concerns the content alone. (A
+    /// [checkpoint](Self::checkpoint) taken before the first step does not know of the draft.)
     ///
     /// # Errors
     /// A strength that leaves no step or is above 1; a draft of another shape; a run that has begun, or has a draft already.
     pub fn with_draft(mut self, draft: &Tensor, strength: f64) -> Result<Self> {
-        let (first, _) = first_of_last(&self.timesteps, strength)?;
+        let (first, _) = start_of_last(&self.timesteps, strength, 0.4)?;
         if self.step != 0 || self.drafted {
-            let done = if self.drafted { "the run has a draft already".to_owned() } else { format!("{} are done", self.step) };
+            let done = if self.drafted { "the run has a draft already".to_owned() } else { format!("{} of its steps are done", self.step) };
             return Err(Error::argument("step", format!("{done}; give the draft to a new run")));
         }
         let (size, wanted) = (draft.size(), self.latents.size());

@@ -8,7 +8,7 @@ mod step;
 pub(crate) use passes::Aim;
 pub(crate) use passes::{OneByOne, Passes};
 
-use crate::progress::first_of_last;
+use crate::progress::start_of_last;
 use crate::soundness::Soundness;
 use crate::{
     AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Guidance, Noise, Optimizer, Procedure, Progress, References, Result,
@@ -157,9 +157,9 @@ impl<D: Denoiser> GuidedSampler<D> {
     /// # Errors
     /// A strength that leaves no step or is above 1; a picture of another shape; a run that has begun, or is an edit already.
     pub fn edited(mut self, picture: &Tensor, strength: f64) -> Result<Self> {
-        let (first, timestep) = first_of_last(self.scheduler.timesteps(), strength)?;
+        let (first, timestep) = start_of_last(self.scheduler.timesteps(), strength, 0.6)?;
         if self.step != 0 || self.edited {
-            let done = if self.edited { "the run is an edit already".to_owned() } else { format!("{} are done", self.step) };
+            let done = if self.edited { "the run is an edit already".to_owned() } else { format!("{} of its steps are done", self.step) };
             return Err(Error::argument("step", format!("{done}; edit with a new run, whose latents are noise")));
         }
         let (size, noise) = (picture.size(), self.latents.size());

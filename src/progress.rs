@@ -38,14 +38,14 @@ impl Progress {
     }
 }
 
-/// The first of the last `strength` (above 0, 1 are all) of the timesteps: its place and itself.
-pub(crate) fn first_of_last(timesteps: &[f64], strength: f64) -> Result<(usize, f64)> {
+/// Index and timestep of the first step that is taken, where only the last `strength` (above 0, 1 are all) of the timesteps are.
+pub(crate) fn start_of_last(timesteps: &[f64], strength: f64, advised: f64) -> Result<(usize, f64)> {
     let steps = timesteps.len();
     // 0.8 of 20 are 16, though their product in f64 may be a little more.
     let taken = (steps as f64 * strength - 1e-9).ceil();
     let first = steps.saturating_sub(taken as usize);
     match timesteps.get(first) {
         Some(&timestep) if strength > 0.0 && strength <= 1.0 => Ok((first, timestep)),
-        _ => Err(Error::argument("strength", format!("{strength} of {steps} steps are none, or more than all; use 0.6 or so"))),
+        _ => Err(Error::argument("strength", format!("{strength} of {steps} steps are none, or more than all; use {advised} or so"))),
     }
 }

@@ -5,14 +5,14 @@
 mod example;
 mod model_copy;
 
-use attention_distillation::{device, image};
+use attention_distillation::{device, image, Distiller, Noise, References, StableDiffusion};
 use example::{differ, finished, size, texts, tiny, Place};
 use model_copy::ModelCopy;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
 
 fn place() -> Place {
     Place::of("style_transfer")
@@ -156,10 +156,11 @@ fn flags_have_their_effect() {
     assert!(differ(&weight("0"), &weight("100")) > 0.0);
 }
 
-/// A picture of half the size first, which then takes the place of the early timesteps.
+/// A draft of half the size, which stands for the early timesteps.
 #[test]
 fn from_coarse_to_fine() {
     let place = place();
+    let model = StableDiffusion::open(tiny(), Device::Cpu, Kind::Float).unwrap();
     for (name, flags) in [
         ("content", &["--content", "content.png", "--style", "style.png", "--steps", "5", "--lr", "0.3"][..]),
         ("noise", &["--style", "style.png", "--steps", "5", "--lr", "0.3", "--size", "40x48"]),
@@ -167,31 +168,75 @@ fn from_coarse_to_fine() {
         let draw = |more: &[&str], run: &str| place.draw(&[flags, more].concat(), &format!("{name}_{run}.png"));
         let plain = draw(&[], "plain");
         let output = format!("{name}_fine.png");
-        let outcome = place.run(&[flags, &["--coarse-to-fine", "0.4", "--device", "cpu", "--sheet", "sheet.png", "--output", &output]].concat());
+        let outcome = place.run(&[flags, &["--coarse-to-fine", "0.4", "--device", "cpu", "--output", &output]].concat());
         finished(&outcome, &output);
-        let (_, stderr) = texts(&outcome);
-        let steps: Vec<&str> = stderr.lines().map(|line| line.split([' ', ',']).nth(1).unwrap()).collect();
-        assert_eq!(steps, ["0/5", "1/5", "2/5", "3/5", "4/5", "5/5", "3/5", "4/5", "5/5"], "the draft, then the last two steps");
+        let said = texts(&outcome).1;
+        let told: Vec<&str> = said.lines().map(|line| line.split([',', ' ']).find(|word| word.contains(['/', 'x'])).unwrap()).collect();
+        let steps = ["24x24", "0/5", "1/5", "2/5", "3/5", "4/5", "5/5", "40x48", "3/5", "4/5", "5/5"];
+        assert_eq!(told, steps, "the draft, then the last two steps: {said}");
         let fine = image::load(place.path(&output)).unwrap();
-        assert_eq!(size(&fine), (48, 40));
-        assert!(differ(&fine, &plain) > 0.0);
-        let (height, width) = size(&image::load(place.path("sheet.png")).unwrap());
-        assert!(height == 48 && width > 2 * 40, "inputs of the whole size: {height} {width}");
+
+        // The same by the library.
+        let load = |picture: &str| image::load(place.path(picture)).unwrap();
+        let run = |size: (i64, i64)| {
+            let area = image::size_of_area((32, 64), size.0 * size.1, model.vae().factor()).unwrap();
+            let style = model.encode(&image::resize(&load("style.png"), area).unwrap()).unwrap();
+            let (extractor, timesteps) = (model.extractor(size).unwrap(), model.timesteps(5).unwrap());
+            let mut run = if name == "content" {
+                let content = model.encode(&image::resize(&load("content.png"), size).unwrap()).unwrap();
+                Distiller::style_transfer(extractor, timesteps, References::style(style).with_content(content), 0.25).unwrap()
+            } else {
+                Distiller::new(extractor, timesteps, References::style(style), model.noise(1, size, &mut Noise::seeded(42)).unwrap())
+            };
+            run.optimizer.config.learning_rate = 0.3;
+            run
+        };
+        let enlarge = |draft: &Tensor| image::resize(&model.decode(draft).unwrap(), (48, 40)).unwrap();
+        let draft = enlarge(&run((24, 24)).finish().unwrap());
+        let wanted = model.decode(&run((48, 40)).with_draft(&model.encode(&draft).unwrap(), 0.4).unwrap().finish().unwrap()).unwrap();
+        let apart = |a: &Tensor, b: &Tensor| (a - b).abs().mean(Kind::Double).double_value(&[]) * 255.0;
+        // The file is rounded to whole levels.
+        assert!(apart(&fine, &wanted) < 0.5, "{name}: {}", apart(&fine, &wanted));
+        assert!(apart(&plain, &wanted) > 2.0 && apart(&draft, &wanted) > 2.0, "{name}: {} {}", apart(&plain, &wanted), apart(&draft, &wanted));
+
+        // Previews change nothing, and the draft's are of its size; all steps again are another picture.
+        assert_eq!(differ(&draw(&["--coarse-to-fine", "0.4", "--preview", "1"], "preview"), &fine), 0.0);
         assert!(differ(&draw(&["--coarse-to-fine", "1"], "all"), &fine) > 0.0);
     }
-    for (flags, told) in [
-        (["--coarse-to-fine", "0"].as_slice(), "use 0.4 or so"),
-        (&["--coarse-to-fine", "-0.4"], "use 0.4 or so"),
-        (&["--coarse-to-fine", "1.5"], "use 0.4 or so"),
-        (&["--coarse-to-fine", "NaN"], "use 0.4 or so"),
-        (&["--coarse-to-fine", "0.4", "--method", "sample"], "leave out --method sample"),
-        (&["--coarse-to-fine", "0.4", "--size", "8x8"], "8x8 pixels"),
-    ] {
-        let outcome = place.run(&[&QUICK[..], flags, &["--device", "cpu", "--output", "refused.png"]].concat());
-        assert_eq!(outcome.status.code(), Some(1), "{flags:?}");
-        assert!(texts(&outcome).1.contains(told), "{flags:?}: {}", texts(&outcome).1);
-        assert!(!place.files().contains_key("refused.png"));
+    // So small that half of it would be nothing.
+    assert_eq!(size(&place.draw(&[&QUICK[..], &["--coarse-to-fine", "0.5", "--size", "8x8"]].concat(), "least.png")), (8, 8));
+    for (bad, told) in [("0", "0 of"), ("-0.4", "-0.4"), ("1.5", "1.5"), ("NaN", "NaN"), ("inf", "inf"), ("1e-10", "0.0000000001")] {
+        // Before a model is opened.
+        let flags = [&QUICK[..], &["--coarse-to-fine", bad]].concat();
+        place.refused_with(&place.path("no_model"), &flags, &["coarse-to-fine", told, "use 0.4 or so"]);
     }
+    let sampling = [&QUICK[..], &["--coarse-to-fine", "0.4", "--method", "sample"]].concat();
+    place.refused_with(&place.path("no_model"), &sampling, &["coarse-to-fine", "leave out --method sample"]);
+}
+
+/// Ctrl-C in the draft: it is the picture.
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_the_draft() {
+    let place = place();
+    let flags =
+        ["--content", "content.png", "--style", "style.png", "--steps", "400", "--coarse-to-fine", "0.4", "--output", "a.png", "--device", "cpu"];
+    let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("step 40/400") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let mut rest = String::new();
+    stderr.read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{rest}");
+    let lines: Vec<&str> = rest.lines().collect();
+    let [.., stopped, last] = lines.as_slice() else { panic!("{rest}") };
+    assert!(stopped.starts_with("stopped after step ") && stopped.ends_with(" of 400"), "{rest}");
+    assert_eq!(*last, "the picture is the draft, enlarged");
+    assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (48, 40));
 }
 
 /// The paper's second procedure, with a content and without.

@@ -108,6 +108,11 @@ fn a_run_by_graphs_is_the_same_run() {
     };
     assert_eq!(both(labelled, |_| {}), (2, 16));
     assert_eq!(both(labelled, |run| run.adain = true), (2, 16));
+    let with_draft = |run: &mut Distiller<&Noting>| {
+        *run = transfer(run.extractor.denoiser, 8, references()).with_draft(&latents(4, 6, 8), 0.5).unwrap();
+        run.adain = true;
+    };
+    assert_eq!(both(references, with_draft), (2, 4 + 4));
 }
 
 /// Where the losses see the graph's own features, which f64 would copy.

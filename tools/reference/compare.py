@@ -29,8 +29,10 @@ from cases import CASES, crates_own, flags, model_folder, picture_flags, view_ba
 from measure import ask, run
 
 REFERENCE = Path(__file__).with_name("run.py")
-# The same for both programs. Spinning is faster on some idle machines, and slower by far on a busy one.
-WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY", "passive")
+# How OpenMP's threads wait, the same for both programs: as .cargo/config.toml has it, unless the environment says otherwise. Spinning
+# longer is faster on some idle machines, and slower by far on a busy one.
+WAITING = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
+WAITING = WAITING or {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
 
 def size(text):
@@ -74,7 +76,7 @@ SAME_WORK = 1e-3
 
 def one_round(name, case, args, model, given, folder, python_first):
     """Each program once, and their pictures."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": WAIT_POLICY}
+    environment = os.environ | WAITING | {"OMP_NUM_THREADS": str(args.threads)}
     own = crates_own(case) + ["--cuda-graphs"] * args.cuda_graphs + ["--vae-dtype", args.dtype] * args.half_vae
     programs = {"crate": [args.examples / case.task, *own], "python": [sys.executable, REFERENCE, case.task]}
     ran, pictures = {}, {}
@@ -155,7 +157,8 @@ def losses(crate, python):
 
 def header(args):
     """What the figures depend on, besides the case."""
-    parts = [f"{processor()}, {os.cpu_count()} cores, {args.threads} threads (`OMP_WAIT_POLICY={WAIT_POLICY}`)"]
+    waiting = " ".join(f"{name}={value}" for name, value in WAITING.items())
+    parts = [f"{processor()}, {os.cpu_count()} cores, {args.threads} threads (`{waiting}`)"]
     if args.device != "cpu":
         _, _, number = args.device.partition(":")
         parts.insert(0, ask("--query-gpu=name")[int(number or 0)])
