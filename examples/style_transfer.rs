@@ -21,8 +21,8 @@ struct Flags {
     /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
-    /// First make a draft of half the size, then take the last fraction F of the timesteps at the whole size (above 0, at most 1; try 0.4):
-    /// much the same picture in less time
+    /// First make a draft of half the size, as its previews are, then take the last fraction F of the timesteps at the whole size (above 0,
+    /// at most 1; try 0.4): much the same picture in less time. For sizes of twice what the model is made for
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     coarse_to_fine: Option<f64>,
     #[command(flatten)]
@@ -79,10 +79,12 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
                 let first = optimisation(&model, &settings, &inputs, (height, width), shared.seed)?;
                 let (draft, go_on) = flags.graphs.follow(first, &model, shared, &files)?;
                 let draft = image::resize(&draft, size)?;
-                // Worth keeping, should the rest fail.
-                common::save(&draft, &files)?;
                 if go_on {
-                    common::say(format_args!("the last steps at {}x{}", size.1, size.0));
+                    // Worth keeping, should the rest fail.
+                    match common::save(&draft, &files) {
+                        Ok(()) => common::say(format_args!("the draft is in {}; the last steps at {}x{}", shared.output.display(), size.1, size.0)),
+                        Err(error) => tracing::warn!(%error, "the draft was not kept"),
+                    }
                     flags.graphs.follow(run.with_draft(&model.encode(&draft)?, strength)?, &model, shared, &files)?.0
                 } else {
                     common::say("the picture is the draft, enlarged");
@@ -138,8 +140,8 @@ impl Flags {
     /// Before the draft is drawn in vain.
     fn check_strength(&self) -> Result<()> {
         let reason = match self.coarse_to_fine {
-            Some(_) if self.method == Method::Sample => "is of --method optimise only; leave out --method sample".to_owned(),
-            // Of a schedule's 1000 timesteps the least are still one.
+            Some(_) if self.method == Method::Sample => "works with --method optimise alone; leave out --method sample".to_owned(),
+            // From 1e-6 on a strength takes at least one step.
             Some(strength) if !(1e-6..=1.0).contains(&strength) => format!("{strength} of the steps are none, or more than all; use 0.4 or so"),
             _ => return Ok(()),
         };

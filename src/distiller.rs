@@ -40,7 +40,8 @@ pub struct Distiller<D: Denoiser, O = Adam> {
     /// Whether the latents get the styles' mean and deviation before the first step, and the content before the network looks at it, for
     /// short runs: Adam moves a latent by little more than its learning rate per step, so strong colours that the styles lack would be left
     /// half way, and the content loss would hold on to them. As [`References::adain`], but no deviation becomes more than four times what
-    /// it was, since a grey picture's colours are noise. Off, the run is the authors'. Changed on the way, or with a draft, it concerns the content alone.
+    /// it was, since a grey picture's colours are noise. Off, the run is the authors'. Changed on the way, or with a
+    /// [draft](Self::with_draft), it concerns the content alone.
     pub adain: bool,
     /// The picture so far, f32; on a new run, where it starts.
     pub latents: Tensor,
@@ -124,12 +125,14 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     }
 
     /// The same run as the second part of one from coarse to fine: a whole run makes the picture at half the size, say, and this one takes
-    /// only the last `strength` (above 0, at most 1) of its timesteps, from that picture. Large forms are settled at the small size, where a step costs a quarter
-    /// or less, so that with 0.4 both take about half the time of one whole run, for much the same picture. The authors have no such thing.
+    /// only the last `strength` (above 0, at most 1) of its timesteps, from that picture. Large forms are settled at the small size, where
+    /// a step costs a quarter or less: with 0.4 both take a little more than half the time of one whole run, for much the same picture.
+    /// For sizes of about twice what the network was trained at. The authors have no such thing.
     ///
-    /// `draft` are latents `(1 or batch, channels, height, width)` of this run's size, those of the enlarged picture: decode what the first run made,
-    /// enlarge it, [`image::resize`](crate::image::resize) for instance, and encode it. It has the styles' statistics already, so [`adain`](Self::adain) concerns the content alone. (A
-    /// [checkpoint](Self::checkpoint) taken before the first step does not know of the draft.)
+    /// `draft` are latents `(1 or batch, channels, height, width)` of this run's size, those of the enlarged picture: decode what the first
+    /// run made, enlarge it, with [`image::resize`](crate::image::resize) for instance, and encode it. It has the styles' statistics already,
+    /// so [`adain`](Self::adain) concerns the content alone. (With both that and a strength of 1, a run that goes on from a
+    /// [checkpoint](Self::checkpoint) of no step needs the draft, too.)
     ///
     /// # Errors
     /// A strength that leaves no step or is above 1; a draft of another shape; a run that has begun, or has a draft already.

@@ -73,8 +73,10 @@
 //! | improved decoding: the decoder tuned to the reference by L1 and Adam | [`DecoderTuning`](crate::stable_diffusion::DecoderTuning) |
 //! | KV-injection, the baseline (Fig. 3) | [`KeyValueInjection`] |
 //!
-//! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise ([`Distiller::adain`](Distiller) first gives start and content the styles' statistics); for each
-//! timestep take the features of the clean references once, then `iterations` steps of one Adam on `z`; decode. Not in the paper: a run at half the size, then the last timesteps at the whole ([`Distiller::with_draft`]).
+//! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise ([`Distiller::adain`](Distiller)
+//! first gives start and content the styles' statistics); for each timestep take the features of the clean references once, then
+//! `iterations` steps of one Adam on `z`; decode. Not in the paper: a run at half the size, then the last timesteps at the whole
+//! ([`Distiller::with_draft`]).
 //!
 //! Sampling: start from noise; for each timestep predict the noise under prompt and negative prompt, step with DDIM, and then,
 //! at the timestep that it led to, take the features of the noised references once, and `iterations` steps of a fresh Adam.
@@ -95,7 +97,7 @@
 //! # libtorch
 //! tch 0.24 wants libtorch 2.11.0. CUDA is opened at run time by [`device::best`] and [`device::parse`]: ask these before any
 //! other CUDA query, no linker flags are needed. On a CPU that other programs use, too, run with `OMP_WAIT_POLICY=passive`
-//! and `GOMP_SPINCOUNT=1000`: libtorch's threads otherwise spin while they wait, which there made a step up to ten times slower.
+//! and `GOMP_SPINCOUNT=1000`: libtorch's threads otherwise spin while they wait, which there made runs two to four times slower.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods))]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 

@@ -171,7 +171,9 @@ fn from_coarse_to_fine() {
         let outcome = place.run(&[flags, &["--coarse-to-fine", "0.4", "--device", "cpu", "--output", &output]].concat());
         finished(&outcome, &output);
         let said = texts(&outcome).1;
-        let told: Vec<&str> = said.lines().map(|line| line.split([',', ' ']).find(|word| word.contains(['/', 'x'])).unwrap()).collect();
+        let told: Vec<&str> =
+            said.lines().map(|line| line.split([',', ' ']).find(|word| word.contains(['/', 'x']) && word.len() < 6).unwrap()).collect();
+        assert!(said.contains(&format!("the draft is in {output}; the last steps")), "{said}");
         let steps = ["24x24", "0/5", "1/5", "2/5", "3/5", "4/5", "5/5", "40x48", "3/5", "4/5", "5/5"];
         assert_eq!(told, steps, "the draft, then the last two steps: {said}");
         let fine = image::load(place.path(&output)).unwrap();
@@ -199,7 +201,7 @@ fn from_coarse_to_fine() {
         assert!(apart(&fine, &wanted) < 0.5, "{name}: {}", apart(&fine, &wanted));
         assert!(apart(&plain, &wanted) > 2.0 && apart(&draft, &wanted) > 2.0, "{name}: {} {}", apart(&plain, &wanted), apart(&draft, &wanted));
 
-        // Previews change nothing, and the draft's are of its size; all steps again are another picture.
+        // Previews change nothing; all steps again are another picture.
         assert_eq!(differ(&draw(&["--coarse-to-fine", "0.4", "--preview", "1"], "preview"), &fine), 0.0);
         assert!(differ(&draw(&["--coarse-to-fine", "1"], "all"), &fine) > 0.0);
     }
@@ -212,6 +214,27 @@ fn from_coarse_to_fine() {
     }
     let sampling = [&QUICK[..], &["--coarse-to-fine", "0.4", "--method", "sample"]].concat();
     place.refused_with(&place.path("no_model"), &sampling, &["coarse-to-fine", "leave out --method sample"]);
+}
+
+/// It is in the output file while the rest is made, should that fail.
+#[cfg(unix)]
+#[test]
+fn the_draft_is_kept() {
+    let place = place();
+    let flags =
+        ["--content", "content.png", "--style", "style.png", "--steps", "200", "--coarse-to-fine", "1", "--output", "a.png", "--device", "cpu"];
+    let mut child = place.command(&tiny(), &flags).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("the draft is in a.png") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "nothing of a draft");
+    }
+    let draft = image::load(place.path("a.png")).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(size(&draft), (48, 40));
+    assert_eq!(differ(&image::load(place.path("a.png")).unwrap(), &draft), 0.0);
 }
 
 /// Ctrl-C in the draft: it is the picture.
@@ -229,9 +252,10 @@ fn ctrl_c_leaves_the_draft() {
         assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
     }
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let mut rest = String::new();
+    let (mut rest, mut stdout) = (String::new(), String::new());
     stderr.read_to_string(&mut rest).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0), "{rest}");
+    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+    assert_eq!((child.wait().unwrap().code(), stdout.as_str()), (Some(0), "a.png\n"), "{rest}");
     let lines: Vec<&str> = rest.lines().collect();
     let [.., stopped, last] = lines.as_slice() else { panic!("{rest}") };
     assert!(stopped.starts_with("stopped after step ") && stopped.ends_with(" of 400"), "{rest}");

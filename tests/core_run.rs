@@ -213,6 +213,11 @@ fn from_coarse_to_fine_a_run_takes_its_last_steps_from_a_draft() {
         assert_same(&resumed.finish().unwrap(), &picture);
     }
 
+    let mut resumed = transfer(&toy, 5);
+    resumed.adain = true;
+    resumed.resume(&adain_run(0.4).checkpoint().unwrap()).unwrap();
+    assert_same(&resumed.finish().unwrap(), &adain_run(0.4).finish().unwrap());
+
     // One draft for a batch, in any precision.
     let mut pair = transfer(&toy, 5);
     pair.latents = Tensor::cat(&[latents(8, 6, 8), latents(8, 6, 8)], 0);

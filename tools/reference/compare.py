@@ -29,8 +29,8 @@ from cases import CASES, crates_own, flags, model_folder, picture_flags, view_ba
 from measure import ask, run
 
 REFERENCE = Path(__file__).with_name("run.py")
-# How OpenMP's threads wait, the same for both programs: as .cargo/config.toml has it, unless the environment says otherwise. Spinning
-# longer is faster on some idle machines, and slower by far on a busy one.
+# How OpenMP's threads wait, the same for both programs: as .cargo/config.toml has it, unless the environment says otherwise: what
+# that says is then all that holds. Spinning longer is faster on some idle machines, and slower by far on a busy one.
 WAITING = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
 WAITING = WAITING or {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
