@@ -59,81 +59,89 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let model = common::open_without_text(shared)?;
     let settings = shared.over(model.settings(task)?)?;
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
-    let inputs = Inputs { content, styles };
-    let scaled = inputs.scaled(&model, size)?;
-    let draft = flags.coarse_to_fine.map(|_| half(&model, size).and_then(|size| Ok((inputs.scaled(&model, size)?, size)))).transpose()?;
-    drop(inputs);
-    let result = if flags.method == Method::Sample {
-        let references = common::references(&model, &scaled.styles, scaled.content.as_ref())?;
-        let extractor = common::extractor(&model, &settings, size)?;
-        let mut noise = Noise::seeded(shared.seed);
-        let start = model.noise(1, size, &mut noise)?;
-        let guidance = model.guidance(&[""], None, settings.guidance, size)?;
-        let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
-        flags.graphs.follow(run.with_settings(&settings)?, &model, shared, &files)?.0
-    } else {
-        let run = optimisation(&model, &settings, &scaled, size, shared.seed)?;
-        match (flags.coarse_to_fine, draft) {
-            (Some(strength), Some((inputs, (height, width)))) => {
-                common::say(format_args!("a draft of {width}x{height} pixels first"));
-                let first = optimisation(&model, &settings, &inputs, (height, width), shared.seed)?;
-                let (draft, go_on) = flags.graphs.follow(first, &model, shared, &files)?;
-                let draft = image::resize(&draft, size)?;
-                if go_on {
-                    // Worth keeping, should the rest fail.
-                    match common::save(&draft, &files) {
-                        Ok(()) => common::say(format_args!("the draft is in {}; the last steps at {}x{}", shared.output.display(), size.1, size.0)),
-                        Err(error) => tracing::warn!(%error, "the draft was not kept"),
-                    }
-                    flags.graphs.follow(run.with_draft(&model.encode(&draft)?, strength)?, &model, shared, &files)?.0
-                } else {
-                    common::say("the picture is the draft, enlarged");
-                    draft
-                }
-            }
-            _ => flags.graphs.follow(run, &model, shared, &files)?.0,
-        }
+    let transfer = Transfer { flags, model: &model, settings: &settings, files: &files };
+    let inputs = transfer.scaled(content.as_ref(), &styles, size)?;
+    let mut small = None;
+    if flags.coarse_to_fine.is_some() {
+        // In about the same proportions.
+        let half = model.fit(image::size_of_area(size, (size.0 * size.1 / 4).max(1), model.vae().factor())?)?;
+        small = Some(transfer.scaled(content.as_ref(), &styles, half)?);
+    }
+    drop((content, styles));
+    let result = match (flags.method, flags.coarse_to_fine.zip(small)) {
+        (Method::Sample, _) => transfer.sampled(&inputs)?,
+        (Method::Optimise, None) => flags.graphs.follow(transfer.optimisation(&inputs)?, &model, shared, &files)?.0,
+        (Method::Optimise, Some((strength, small))) => transfer.from_coarse_to_fine(&inputs, &small, strength)?,
     };
     common::save(&result, &files)?;
-    common::sheet(shared, &scaled.content.iter().chain(&scaled.styles).collect::<Vec<_>>(), &[result])?;
+    common::sheet(shared, &inputs.content.iter().chain(&inputs.styles).collect::<Vec<_>>(), &[result])?;
     Ok(files)
 }
 
-/// The pictures that were given.
+/// The pictures that were given, as a run of `size` sees them.
 struct Inputs {
     content: Option<Tensor>,
     styles: Vec<Tensor>,
-}
-
-impl Inputs {
-    /// As a run of that size sees them.
-    fn scaled(&self, model: &StableDiffusion, size: (i64, i64)) -> Result<Self> {
-        let content = self.content.as_ref().map(|picture| image::resize(picture, size)).transpose()?;
-        Ok(Self { content, styles: common::scaled_to_area(model, &self.styles, size)? })
-    }
-}
-
-/// A quarter of the area, in about the same proportions.
-fn half(model: &StableDiffusion, (height, width): (i64, i64)) -> Result<(i64, i64)> {
-    model.fit(image::size_of_area((height, width), (height * width / 4).max(1), model.vae().factor())?)
-}
-
-/// From the content's latents, or from noise where there is none.
-fn optimisation<'m>(
-    model: &'m StableDiffusion,
-    settings: &Settings,
-    inputs: &Inputs,
     size: (i64, i64),
-    seed: u64,
-) -> Result<Distiller<&'m StableDiffusion>> {
-    let references = common::references(model, &inputs.styles, inputs.content.as_ref())?;
-    let (extractor, timesteps) = (common::extractor(model, settings, size)?, model.timesteps(settings.steps)?);
-    let run = if references.content.is_some() {
-        Distiller::style_transfer(extractor, timesteps, references, settings.content_weight)?
-    } else {
-        Distiller::new(extractor, timesteps, references, model.noise(1, size, &mut Noise::seeded(seed))?)
-    };
-    run.with_settings(settings)
+}
+
+struct Transfer<'m> {
+    flags: &'m Flags,
+    model: &'m StableDiffusion,
+    settings: &'m Settings,
+    files: &'m [PathBuf],
+}
+
+impl<'m> Transfer<'m> {
+    fn scaled(&self, content: Option<&Tensor>, styles: &[Tensor], size: (i64, i64)) -> Result<Inputs> {
+        let content = content.map(|picture| image::resize(picture, size)).transpose()?;
+        Ok(Inputs { content, styles: common::scaled_to_area(self.model, styles, size)?, size })
+    }
+
+    fn sampled(&self, inputs: &Inputs) -> Result<Tensor> {
+        let Self { flags, model, settings, files } = self;
+        let references = common::references(model, &inputs.styles, inputs.content.as_ref())?;
+        let extractor = common::extractor(model, settings, inputs.size)?;
+        let mut noise = Noise::seeded(flags.shared.seed);
+        let start = model.noise(1, inputs.size, &mut noise)?;
+        let guidance = model.guidance(&[""], None, settings.guidance, inputs.size)?;
+        let run = GuidedSampler::new(extractor, model.ddim(settings.steps)?, guidance, references, start, noise);
+        Ok(flags.graphs.follow(run.with_settings(settings)?, model, &flags.shared, files)?.0)
+    }
+
+    /// From the content's latents, or from noise where there is none.
+    fn optimisation(&self, inputs: &Inputs) -> Result<Distiller<&'m StableDiffusion>> {
+        let Self { flags, model, settings, .. } = self;
+        let references = common::references(model, &inputs.styles, inputs.content.as_ref())?;
+        let (extractor, timesteps) = (common::extractor(model, settings, inputs.size)?, model.timesteps(settings.steps)?);
+        let run = if references.content.is_some() {
+            Distiller::style_transfer(extractor, timesteps, references, settings.content_weight)?
+        } else {
+            Distiller::new(extractor, timesteps, references, model.noise(1, inputs.size, &mut Noise::seeded(flags.shared.seed))?)
+        };
+        run.with_settings(settings)
+    }
+
+    fn from_coarse_to_fine(&self, inputs: &Inputs, small: &Inputs, strength: f64) -> Result<Tensor> {
+        let Self { flags, model, files, .. } = self;
+        let run = self.optimisation(inputs)?;
+        common::say(format_args!("a draft of {}x{} pixels first", small.size.1, small.size.0));
+        let (draft, go_on) = flags.graphs.follow(self.optimisation(small)?, model, &flags.shared, files)?;
+        let draft = image::resize(&draft, inputs.size)?;
+        if !go_on {
+            common::say("the picture is the draft, enlarged");
+            return Ok(draft);
+        }
+        // Worth keeping, should the rest fail.
+        match common::save(&draft, files) {
+            Ok(()) => {
+                let (height, width) = inputs.size;
+                common::say(format_args!("the draft is in {}; the last steps at {width}x{height}", flags.shared.output.display()));
+            }
+            Err(error) => tracing::warn!(%error, "the draft was not kept"),
+        }
+        Ok(flags.graphs.follow(run.with_draft(&model.encode(&draft)?, strength)?, model, &flags.shared, files)?.0)
+    }
 }
 
 impl Flags {
