@@ -71,7 +71,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let result = match (flags.method, flags.coarse_to_fine.zip(small)) {
         (Method::Sample, _) => transfer.sampled(&inputs)?,
         (Method::Optimise, None) => flags.graphs.follow(transfer.optimisation(&inputs)?, &model, shared, &files)?.0,
-        (Method::Optimise, Some((strength, small))) => transfer.from_coarse_to_fine(&inputs, &small, strength)?,
+        (Method::Optimise, Some((strength, small))) => transfer.coarse_to_fine(&inputs, &small, strength)?,
     };
     common::save(&result, &files)?;
     common::sheet(shared, &inputs.content.iter().chain(&inputs.styles).collect::<Vec<_>>(), &[result])?;
@@ -122,7 +122,7 @@ impl<'m> Transfer<'m> {
         run.with_settings(settings)
     }
 
-    fn from_coarse_to_fine(&self, inputs: &Inputs, small: &Inputs, strength: f64) -> Result<Tensor> {
+    fn coarse_to_fine(&self, inputs: &Inputs, small: &Inputs, strength: f64) -> Result<Tensor> {
         let Self { flags, model, files, .. } = self;
         let run = self.optimisation(inputs)?;
         common::say(format_args!("a draft of {}x{} pixels first", small.size.1, small.size.0));
