@@ -5,7 +5,7 @@
 mod common;
 
 use attention_distillation::tch::Tensor;
-use attention_distillation::{image, Distiller, Error, GuidedSampler, Noise, Result, Settings, StableDiffusion};
+use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings, StableDiffusion};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -21,10 +21,8 @@ struct Flags {
     /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
-    /// First make a draft of half the size, as its previews are, then take the last fraction F of the timesteps at the whole size (above 0,
-    /// at most 1; try 0.4): much the same picture in less time. For sizes of twice what the model is made for
-    #[arg(long, value_name = "F", allow_hyphen_values = true)]
-    coarse_to_fine: Option<f64>,
+    #[command(flatten)]
+    draft: common::DraftFlags,
     #[command(flatten)]
     graphs: common::GraphFlags,
     #[command(flatten)]
@@ -49,7 +47,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         Method::Sample => Settings::style_transfer_by_sampling(),
     };
     shared.over(task.clone())?;
-    flags.check_strength()?;
+    flags.draft.check(flags.method == Method::Optimise)?;
     let files = common::files(shared, 1);
     common::check_outputs(shared, &files)?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
@@ -61,17 +59,15 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let transfer = Transfer { flags, model: &model, settings: &settings, files: &files };
     let inputs = transfer.scaled(content.as_ref(), &styles, size)?;
-    let mut small = None;
-    if flags.coarse_to_fine.is_some() {
-        // In about the same proportions.
-        let half = model.fit(image::size_of_area(size, (size.0 * size.1 / 4).max(1), model.vae().factor())?)?;
-        small = Some(transfer.scaled(content.as_ref(), &styles, half)?);
-    }
+    let small = match flags.draft.of(&model, size)? {
+        Some((half, strength)) => Some((transfer.scaled(content.as_ref(), &styles, half)?, strength)),
+        None => None,
+    };
     drop((content, styles));
-    let result = match (flags.method, flags.coarse_to_fine.zip(small)) {
+    let result = match (flags.method, small) {
         (Method::Sample, _) => transfer.sampled(&inputs)?,
         (Method::Optimise, None) => flags.graphs.follow(transfer.optimisation(&inputs)?, &model, shared, &files)?.0,
-        (Method::Optimise, Some((strength, small))) => transfer.coarse_to_fine(&inputs, &small, strength)?,
+        (Method::Optimise, Some((small, strength))) => transfer.coarse_to_fine(&inputs, &small, strength)?,
     };
     common::save(&result, &files)?;
     common::sheet(shared, &inputs.content.iter().chain(&inputs.styles).collect::<Vec<_>>(), &[result])?;
@@ -132,27 +128,7 @@ impl<'m> Transfer<'m> {
             common::say("the picture is the draft, enlarged");
             return Ok(draft);
         }
-        // Worth keeping, should the rest fail.
-        match common::save(&draft, files) {
-            Ok(()) => {
-                let (height, width) = inputs.size;
-                common::say(format_args!("the draft is in {}; the last steps at {width}x{height}", flags.shared.output.display()));
-            }
-            Err(error) => tracing::warn!(%error, "the draft was not kept"),
-        }
+        common::keep_draft(&draft, &flags.shared, files)?;
         Ok(flags.graphs.follow(run.with_draft(&model.encode(&draft)?, strength)?, model, &flags.shared, files)?.0)
-    }
-}
-
-impl Flags {
-    /// Before the draft is drawn in vain.
-    fn check_strength(&self) -> Result<()> {
-        let reason = match self.coarse_to_fine {
-            Some(_) if self.method == Method::Sample => "works with --method optimise alone; leave out --method sample".to_owned(),
-            // From 1e-6 on a strength takes at least one step.
-            Some(strength) if !(1e-6..=1.0).contains(&strength) => format!("{strength} of the steps are none, or more than all; use 0.4 or so"),
-            _ => return Ok(()),
-        };
-        Err(Error::Argument { argument: "coarse-to-fine", reason })
     }
 }

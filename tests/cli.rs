@@ -9,9 +9,7 @@ use attention_distillation::{device, image, Distiller, Noise, References, Stable
 use example::{differ, finished, size, texts, tiny, Place};
 use model_copy::ModelCopy;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use tch::{Device, Kind, Tensor};
 
 fn place() -> Place {
@@ -223,16 +221,10 @@ fn the_draft_is_kept() {
     let place = place();
     let flags =
         ["--content", "content.png", "--style", "style.png", "--steps", "200", "--coarse-to-fine", "1", "--output", "a.png", "--device", "cpu"];
-    let mut child = place.command(&tiny(), &flags).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.starts_with("the draft is in a.png") {
-        line.clear();
-        assert!(stderr.read_line(&mut line).unwrap() > 0, "nothing of a draft");
-    }
+    let mut run = place.watch(&tiny(), &flags);
+    run.until("the draft is in a.png");
     let draft = image::load(place.path("a.png")).unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
+    run.kill();
     assert_eq!(size(&draft), (48, 40));
     assert_eq!(differ(&image::load(place.path("a.png")).unwrap(), &draft), 0.0);
 }
@@ -244,18 +236,11 @@ fn ctrl_c_leaves_the_draft() {
     let place = place();
     let flags =
         ["--content", "content.png", "--style", "style.png", "--steps", "400", "--coarse-to-fine", "0.4", "--output", "a.png", "--device", "cpu"];
-    let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.starts_with("step 40/400") {
-        line.clear();
-        assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
-    }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let (mut rest, mut stdout) = (String::new(), String::new());
-    stderr.read_to_string(&mut rest).unwrap();
-    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
-    assert_eq!((child.wait().unwrap().code(), stdout.as_str()), (Some(0), "a.png\n"), "{rest}");
+    let mut run = place.watch(&tiny(), &flags);
+    run.until("step 40/400");
+    run.ctrl_c();
+    let (status, stdout, rest) = run.end();
+    assert_eq!((status, stdout.as_str()), (Some(0), "a.png\n"), "{rest}");
     let lines: Vec<&str> = rest.lines().collect();
     let [.., stopped, last] = lines.as_slice() else { panic!("{rest}") };
     assert!(stopped.starts_with("stopped after step ") && stopped.ends_with(" of 400"), "{rest}");
@@ -369,23 +354,13 @@ fn with_the_styles_statistics() {
 fn ctrl_c_writes_what_there_is() {
     let place = place();
     let flags = ["--content", "content.png", "--style", "style.png", "--steps", "400", "--preview", "3", "--output", "a.png", "--device", "cpu"];
-    let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.starts_with("step ") || line == "step 0/400\n" {
-        line.clear();
-        assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
-    }
-    assert!(line.starts_with("step 40/400 loss "), "{line}");
+    let mut run = place.watch(&tiny(), &flags);
+    run.until("step 40/400 loss ");
     let preview = image::load(place.path("a.png")).unwrap();
     assert_eq!(size(&preview), (48, 40));
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let mut rest = String::new();
-    stderr.read_to_string(&mut rest).unwrap();
-    let mut stdout = String::new();
-    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0), "{rest}");
-    assert_eq!(stdout.lines().last(), Some("a.png"));
+    run.ctrl_c();
+    let (status, stdout, rest) = run.end();
+    assert_eq!((status, stdout.as_str()), (Some(0), "a.png\n"), "{rest}");
     let stopped = rest.lines().find_map(|line| line.strip_prefix("stopped after step ")?.strip_suffix(" of 400"));
     let stopped: usize = stopped.unwrap_or_else(|| panic!("it does not say that it was stopped: {rest}")).parse().unwrap();
     assert!((40..400).contains(&stopped), "{stopped}");
@@ -404,29 +379,22 @@ fn a_reader_of_progress_that_goes_away() {
         let flags = ["--content", "content.png", "--style", "style.png", "--output", "a.png", "--device", "cpu"];
         let flags = [&flags[..], &["--steps", steps, "--iterations", iterations]].concat();
         let started = std::time::Instant::now();
-        let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.starts_with("step ") {
-            line.clear();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
-        }
-        drop(stderr);
+        let mut run = place.watch(&tiny(), &flags);
+        run.until("step ");
+        run.turn_away();
         if interrupted {
-            assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+            run.ctrl_c();
         }
-        let mut stdout = String::new();
-        child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(0));
-        assert_eq!(stdout.lines().last(), Some("a.png"));
+        let (status, stdout, _) = run.end();
+        assert_eq!((status, stdout.as_str()), (Some(0), "a.png\n"));
         assert!(started.elapsed().as_secs() < 120, "it went on");
         assert_eq!(size(&image::load(place.path("a.png")).unwrap()), (48, 40));
         fs::remove_file(place.path("a.png")).unwrap();
     }
     // An error, too, ends as an error.
-    let mut child = place.command(&tiny(), &["--style", "no.png"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    drop(child.stderr.take());
-    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let mut run = place.watch(&tiny(), &["--style", "no.png"]);
+    run.turn_away();
+    assert_eq!(run.end().0, Some(1));
 }
 
 /// A look at the run is not worth the run.
@@ -437,26 +405,16 @@ fn a_preview_that_cannot_be_written() {
     fs::create_dir(place.path("folder")).unwrap();
     let flags =
         ["--content", "content.png", "--style", "style.png", "--steps", "900", "--preview", "1", "--output", "folder/a.png", "--device", "cpu"];
-    let mut child = place.command(&tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let mut until = |word: &str| assert!(lines.by_ref().any(|line| line.unwrap().contains(word)), "no line has `{word}` in it");
-    until("step 90/900 ");
+    let mut run = place.watch(&tiny(), &flags);
+    run.until("step 90/900 ");
     fs::rename(place.path("folder"), place.path("elsewhere")).unwrap();
-    until("WARN no preview of step ");
+    run.until("WARN no preview of step ");
     fs::create_dir(place.path("folder")).unwrap();
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    until("stopped after step ");
-    drop(lines);
-    finished_with(&mut child, "folder/a.png");
+    run.ctrl_c();
+    let (status, stdout, rest) = run.end();
+    assert_eq!((status, stdout.as_str()), (Some(0), "folder/a.png\n"), "{rest}");
+    assert!(rest.contains("stopped after step "), "{rest}");
     assert_eq!(size(&image::load(place.path("folder/a.png")).unwrap()), (48, 40));
-}
-
-#[cfg(unix)]
-#[track_caller]
-fn finished_with(child: &mut std::process::Child, path: &str) {
-    let mut stdout = String::new();
-    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
-    assert_eq!((child.wait().unwrap().code(), stdout.lines().last()), (Some(0), Some(path)));
 }
 
 /// A loss that is not finite ends the run with its step named, and without a picture.

@@ -195,22 +195,13 @@ fn sheets_and_previews() {
 #[cfg(unix)]
 #[test]
 fn ctrl_c_ends_all_batches() {
-    use std::io::{BufRead, BufReader, Read};
-    use std::process::{Command, Stdio};
     let place = place();
     let flags = ["--steps", "300", "--size", "32x32", "--count", "3", "--batch", "1", "--preview", "30", "--output", "a.png", "--device", "cpu"];
-    let mut child = place.command(&fixture("sd15"), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.starts_with("step ") || line == "step 0/300\n" {
-        line.clear();
-        assert!(stderr.read_line(&mut line).unwrap() > 0, "no progress");
-    }
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let (mut rest, mut stdout) = (String::new(), String::new());
-    stderr.read_to_string(&mut rest).unwrap();
-    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0), "{rest}");
+    let mut run = place.watch(&fixture("sd15"), &flags);
+    run.until("step 30/300");
+    run.ctrl_c();
+    let (status, stdout, rest) = run.end();
+    assert_eq!(status, Some(0), "{rest}");
     assert_eq!(stdout, "a-0.png\n");
     assert!(rest.contains("stopped after step "), "{rest}");
     assert!(place.files().contains_key("a-0.png") && !place.files().contains_key("a-1.png"));

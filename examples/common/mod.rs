@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports)] // Each example uses a part of it.
 
 mod control;
+mod draft;
 mod flags;
 mod graphs;
 mod model;
@@ -12,6 +13,7 @@ mod run;
 mod tile;
 
 pub use control::ControlFlags;
+pub use draft::{keep_draft, DraftFlags};
 pub use flags::{size, Shared, Size};
 pub use graphs::GraphFlags;
 pub use model::{folder, open, open_without_text};

@@ -1,6 +1,9 @@
 //! An example program run from its command line, in a folder of its own.
 #![allow(dead_code, missing_docs, clippy::disallowed_methods, clippy::unwrap_used)] // Each test file uses a part of it.
 
+#[cfg(unix)]
+pub mod watched;
+
 use attention_distillation::image;
 use std::collections::BTreeMap;
 use std::fs;
