@@ -59,7 +59,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let transfer = Transfer { flags, model: &model, settings: &settings, files: &files };
     let inputs = transfer.scaled(content.as_ref(), &styles, size)?;
-    let small = match flags.draft.of(&model, size)? {
+    let small = match flags.draft.half_size(&model, size)? {
         Some((half, strength)) => Some((transfer.scaled(content.as_ref(), &styles, half)?, strength)),
         None => None,
     };
@@ -128,7 +128,7 @@ impl<'m> Transfer<'m> {
             common::say("the picture is the draft, enlarged");
             return Ok(draft);
         }
-        common::keep_draft(&draft, &flags.shared, files)?;
+        common::keep_draft(&draft, inputs.size, &flags.shared, files);
         Ok(flags.graphs.follow(run.with_draft(&model.encode(&draft)?, strength)?, model, &flags.shared, files)?.0)
     }
 }

@@ -355,7 +355,7 @@ fn ctrl_c_writes_what_there_is() {
     let place = place();
     let flags = ["--content", "content.png", "--style", "style.png", "--steps", "400", "--preview", "3", "--output", "a.png", "--device", "cpu"];
     let mut run = place.watch(&tiny(), &flags);
-    run.until("step 40/400 loss ");
+    assert_eq!(run.until("step 40/400 loss "), ["step 0/400"]);
     let preview = image::load(place.path("a.png")).unwrap();
     assert_eq!(size(&preview), (48, 40));
     run.ctrl_c();

@@ -14,7 +14,6 @@ use model_copy::{ModelCopy, Safetensors};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use tch::{Device, Kind, Tensor};
@@ -458,13 +457,13 @@ fn a_sheet_that_cannot_be_written() {
     let place = place();
     fs::create_dir(place.path("sheets")).unwrap();
     let flags = ["--image", "style.png", "--epochs", "100", "--device", "cpu", "--output", "tuned", "--sheet", "sheets/sheet.png"];
-    let mut child = place.command(&example::tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(lines.next().unwrap().unwrap().starts_with("epoch 10/100 "));
+    let mut run = place.watch(&example::tiny(), &flags);
+    assert!(run.until("epoch 10/100 ").is_empty());
     fs::remove_dir(place.path("sheets")).unwrap();
-    let last = lines.map(|line| line.unwrap()).last().unwrap();
+    let (status, _, rest) = run.end();
+    assert_eq!(status, Some(1), "{rest}");
+    let last = rest.lines().last().unwrap();
     assert!(last.starts_with("error: ") && last.contains("sheets/sheet.png"), "{last}");
-    assert_eq!(child.wait().unwrap().code(), Some(1));
     drop(open(place.path("tuned")));
 }
 
@@ -474,13 +473,12 @@ fn a_sheet_that_cannot_be_written() {
 fn the_program_stops() {
     let place = place();
     let flags = ["--image", "style.png", "--epochs", "800", "--device", "cpu", "--output", "tuned"];
-    let mut child = place.command(&example::tiny(), &flags).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let first = lines.next().unwrap().unwrap();
-    assert!(first.starts_with("epoch 80/800 loss "), "{first}");
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let rest: Vec<String> = lines.map(|line| line.unwrap()).collect();
-    assert!(rest.last().is_some_and(|line| line.starts_with("stopped after epoch ") && line.ends_with(" of 800")), "{rest:?}");
-    finished(&child.wait_with_output().unwrap(), "tuned");
+    let mut run = place.watch(&example::tiny(), &flags);
+    assert!(run.until("epoch 80/800 loss ").is_empty());
+    run.ctrl_c();
+    let (status, stdout, rest) = run.end();
+    assert_eq!((status, stdout.lines().last()), (Some(0), Some("tuned")), "{rest}");
+    let last = rest.lines().last().unwrap();
+    assert!(last.starts_with("stopped after epoch ") && last.ends_with(" of 800"), "{rest}");
     drop(open(place.path("tuned")));
 }

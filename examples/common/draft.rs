@@ -25,18 +25,16 @@ impl DraftFlags {
     }
 
     /// The draft's size for a picture of `size`, in about the same proportions, and the fraction, where one was asked for.
-    pub fn of(&self, model: &StableDiffusion, size: (i64, i64)) -> Result<Option<((i64, i64), f64)>> {
+    pub fn half_size(&self, model: &StableDiffusion, size: (i64, i64)) -> Result<Option<((i64, i64), f64)>> {
         let half = || model.fit(image::size_of_area(size, (size.0 * size.1 / 4).max(1), model.vae().factor())?);
         self.coarse_to_fine.map(|strength| Ok((half()?, strength))).transpose()
     }
 }
 
 /// Writes the enlarged draft where the picture will go: worth keeping, should the rest fail.
-pub fn keep_draft(draft: &Tensor, shared: &Shared, files: &[PathBuf]) -> Result<()> {
-    let (height, width) = image::size(draft)?;
+pub fn keep_draft(draft: &Tensor, (height, width): (i64, i64), shared: &Shared, files: &[PathBuf]) {
     match save(draft, files) {
         Ok(()) => say(format_args!("the draft is in {}; the last steps at {width}x{height}", shared.output.display())),
         Err(error) => tracing::warn!(%error, "the draft was not kept"),
     }
-    Ok(())
 }

@@ -19,13 +19,17 @@ impl Place {
 }
 
 impl Watched {
-    /// Reads its stderr on to a line with the word in it.
+    /// Reads its stderr on to a line that starts so; the lines before it.
     #[track_caller]
-    pub fn until(&mut self, word: &str) {
-        let mut line = String::new();
-        while !line.contains(word) {
-            line.clear();
-            assert!(self.stderr.as_mut().unwrap().read_line(&mut line).unwrap() > 0, "no line has `{word}` in it");
+    pub fn until(&mut self, start: &str) -> Vec<String> {
+        let mut passed = vec![];
+        loop {
+            let mut line = String::new();
+            assert!(self.stderr.as_mut().unwrap().read_line(&mut line).unwrap() > 0, "no line starts with `{start}`: {passed:?}");
+            if line.trim_start().starts_with(start) {
+                return passed;
+            }
+            passed.push(line.trim_end().to_owned());
         }
     }
 
