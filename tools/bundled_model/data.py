@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 SIDE = 288
@@ -75,6 +76,11 @@ class Tiles:
             out[i] = crop
         return torch.from_numpy(out).permute(0, 3, 1, 2).div(127.5).sub(1).contiguous()
 
+    def pairs(self, count, side, rng, scales=(1, 1, 1, 2, 2, 3)):
+        """`count` crops, then the same as if in another style."""
+        crops, others = (self.crops(count, side, rng, 0, scales) for _ in range(2))
+        return torch.cat([crops, in_another_style(crops, others, rng)])
+
     def held_out(self, side, count=48):
         """The middle of the first tile of held-out pictures, spread over the sources: always the same ones."""
         if len(self.held) < 4:
@@ -104,6 +110,17 @@ class _Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         return self.crops_of(step, np.random.default_rng((self.seed, step)))
+
+
+def in_another_style(crops, others, rng):
+    """Crops, recoloured twice, with the fine detail of the other crops over them: much the same layout."""
+    pixels = crops.add(1).mul(127.5).permute(0, 2, 3, 1).numpy()
+    changed = np.stack([recoloured(recoloured(crop, rng), rng) for crop in pixels]).astype(np.float32)
+    changed = torch.from_numpy(changed).permute(0, 3, 1, 2).div(127.5).sub(1)
+    # What is left of them without what blocks of 8 x 8 pixels, 2 x 2 latents, hold.
+    coarse = F.interpolate(F.avg_pool2d(others, 8), scale_factor=8, mode="bilinear")
+    amount = torch.from_numpy(rng.random(len(crops), np.float32)).view(-1, 1, 1, 1)
+    return (changed + amount * (others - coarse)).clamp(-1, 1)
 
 
 def recoloured(crop, rng):

@@ -2,20 +2,23 @@
 """Trains the U-Net on latents of random crops, encoded on the fly.
 
     python3 train_unet.py [--device cuda]     # work/unet: goes on where it was stopped
-    python3 train_unet.py --start ../../assets/mini/unet --name longer     # from weights that are there, in a run of its own
+    python3 train_unet.py --start work/unet --name layout --layout 0.3 ...     # from weights that are there, in a run of its own: README
 
 Its features are what attention distillation lives on. Hence v-prediction (Salimans & Ho 2022): at high noise, where noise prediction has
 almost nothing to learn, it asks for the picture, which is where features of structure come from. Queries and keys start wider than usual,
 since attention that is uniform at the start stays so for long. Downsampling is kept balanced (`balanced.py`): transfers descend by the
-network's gradient, which has a pattern of single latents otherwise.
+network's gradient, which has a pattern of single latents otherwise. With `--layout` queries are asked to see layout rather than style
+(`layout.py`).
 """
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from balanced import balance, imbalance
-from data import HERE, Tiles
+from data import HERE, Tiles, in_another_style
 from denoising import Denoising, scheduler
+from layout import Layout
 from optim import Muon
 from training import Run, flags, trained
 
@@ -31,6 +34,7 @@ parser.add_argument("--scales", type=int, nargs="+", default=(1, 1, 1, 2, 2, 3),
 parser.add_argument(
     "--odds", type=float, nargs=6, default=(0.1, 0.15, 0.4, 0.2, 0.1, 0.05), metavar="SHARE", help="how often crops of 16, 24, 32, 48, 64 and 72 latents are drawn"
 )
+parser.add_argument("--layout", type=float, metavar="WEIGHT", help="of the loss that asks queries for layout rather than style, such as 0.3")
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="a trained U-Net to start from, in diffusers layout, in place of random weights")
 parser.add_argument("--name", default="unet")
 args = parser.parse_args()
@@ -58,6 +62,8 @@ CONFIG = dict(
 # Latents a side, pictures per batch, and how often each is drawn: small ones first, since they teach the same for less.
 SIZES = ((16, 12), (24, 6), (32, 4), (48, 2), (64, 1), (72, 1))
 EARLY = (0.7, 0.2, 0.1, 0.0, 0.0, 0.0)
+# With --layout: crops whose queries are compared, by the same sides; at least two, as others are what they are measured against.
+PAIRS = {16: 4, 24: 3, 32: 2, 48: 2, 64: 2, 72: 2}
 
 torch.manual_seed(args.seed)
 if not (args.work / "vae_init").exists():
@@ -73,6 +79,7 @@ else:
                 weight.mul_(args.attention_width)
 unet = unet.to(args.device).train()
 denoising = Denoising(unet, args.prediction, args.device, args.min_snr)
+layout = Layout(unet, denoising.nothing)
 tiles = Tiles(args.work)
 
 
@@ -85,16 +92,34 @@ def crops_of(step, rng):
     # Cheap sizes for the first 40 % of a run from nothing, then those that --odds asks for.
     odds = EARLY if step < 0.4 * args.steps and not args.start else args.odds
     side, count = SIZES[rng.choice(len(SIZES), p=odds)]
-    return tiles.crops(max(1, round(count * args.batch)), 4 * side, rng, args.recolour, args.scales)
+    crops = tiles.crops(max(1, round(count * args.batch)), 4 * side, rng, args.recolour, args.scales)
+    return torch.cat([crops, tiles.pairs(pairs_of(side), 4 * side, rng, args.scales)]) if args.layout else crops
+
+
+def pairs_of(side):
+    return max(2, round(PAIRS[side] * args.batch))
 
 
 def loss_of(run, pictures):
     x = encode(pictures)
+    if args.layout:
+        x, pairs = x.tensor_split([-2 * pairs_of(x.shape[-1])])
     t = torch.randint(0, 1000, (len(x),), device=args.device, generator=run.generator)
-    return denoising.loss(x, t, torch.randn(x.shape, device=args.device, generator=run.generator))
+    loss = denoising.loss(x, t, torch.randn(x.shape, device=args.device, generator=run.generator))
+    if args.layout:
+        t = torch.randint(0, 1000, (1,), device=args.device, generator=run.generator)
+        loss = loss + args.layout * layout.loss(pairs, t, run.generator)
+    return loss
 
 
-held_out = encode(tiles.held_out(128).to(args.device))
+def validate(_):
+    found = denoising.held_out(held_out)
+    return {**found, "layout": layout.held_out(held_out, restyled)} if args.layout else found
+
+
+held_out = tiles.held_out(128)
+restyled = in_another_style(held_out, held_out.roll(1, 0), np.random.default_rng(1))
+held_out, restyled = encode(held_out.to(args.device)), encode(restyled.to(args.device))
 if args.optimizer == "muon":
     optimizer = Muon(unet, args.lr)
 else:
@@ -106,7 +131,7 @@ if not args.unbalanced:
         run.say(f"downsampling was off balance by {off:.2f} of its weights' size and is balanced from here on")
         balance(unet)
     optimizer.register_step_post_hook(lambda *_: balance(unet))
-done = run.go(crops_of, loss_of, lambda _: denoising.held_out(held_out))
+done = run.go(crops_of, loss_of, validate)
 
 
 def save(_):
