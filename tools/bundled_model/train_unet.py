@@ -2,13 +2,13 @@
 """Trains the U-Net on latents of random crops, encoded on the fly.
 
     python3 train_unet.py [--device cuda]     # work/unet: goes on where it was stopped
-    python3 train_unet.py --start work/unet --name layout --layout 0.3 ...     # from weights that are there, in a run of its own: README
+    python3 train_unet.py --start ../../assets/mini/unet --name longer     # from weights that are there, in a run of its own
 
 Its features are what attention distillation lives on. Hence v-prediction (Salimans & Ho 2022): at high noise, where noise prediction has
 almost nothing to learn, it asks for the picture, which is where features of structure come from. Queries and keys start wider than usual,
 since attention that is uniform at the start stays so for long. Downsampling is kept balanced (`balanced.py`): transfers descend by the
-network's gradient, which has a pattern of single latents otherwise. With `--layout` queries are asked to see layout rather than style
-(`layout.py`).
+network's gradient, which has a pattern of single latents otherwise. With `--layout` queries are asked to see layout rather than
+style (`layout.py`), which what ships was not: see EXPERIMENTS.md.
 """
 
 import numpy as np
