@@ -8,7 +8,7 @@ Its features are what attention distillation lives on. Hence v-prediction (Salim
 almost nothing to learn, it asks for the picture, which is where features of structure come from. Queries and keys start wider than usual,
 since attention that is uniform at the start stays so for long. Downsampling is kept balanced (`balanced.py`): transfers descend by the
 network's gradient, which has a pattern of single latents otherwise. With `--layout` queries are asked to see layout rather than
-style (`layout.py`), which what ships was not: see EXPERIMENTS.md.
+style (`layout.py`), which what ships was not yet: see EXPERIMENTS.md.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ parser.add_argument("--scales", type=int, nargs="+", default=(1, 1, 1, 2, 2, 3),
 parser.add_argument(
     "--odds", type=float, nargs=6, default=(0.1, 0.15, 0.4, 0.2, 0.1, 0.05), metavar="SHARE", help="how often crops of 16, 24, 32, 48, 64 and 72 latents are drawn"
 )
-parser.add_argument("--layout", type=float, metavar="WEIGHT", help="of the loss that asks queries for layout rather than style, such as 0.3")
+parser.add_argument("--layout", type=float, metavar="WEIGHT", help="of the loss that asks queries for layout rather than style, such as 0.1")
 parser.add_argument("--start", type=trained, metavar="FOLDER", help="a trained U-Net to start from, in diffusers layout, in place of random weights")
 parser.add_argument("--name", default="unet")
 args = parser.parse_args()
