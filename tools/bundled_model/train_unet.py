@@ -8,7 +8,7 @@ Its features are what attention distillation lives on. Hence v-prediction (Salim
 almost nothing to learn, it asks for the picture, which is where features of structure come from. Queries and keys start wider than usual,
 since attention that is uniform at the start stays so for long. Downsampling is kept balanced (`balanced.py`): transfers descend by the
 network's gradient, which has a pattern of single latents otherwise. With `--layout` queries are asked to see layout rather than
-style (`layout.py`), which what ships was not yet: see EXPERIMENTS.md.
+style (`layout.py`), which is meant for training a U-Net on that is trained already: see README.md.
 """
 
 import numpy as np
@@ -42,6 +42,8 @@ if 1 not in args.scales or min(args.scales) < 1:
     parser.error("--scales: 1 must be among them, for the largest crops are as large as tiles allow, and none below it")
 if min(args.odds) < 0 or abs(sum(args.odds) - 1) > 1e-3:
     parser.error("--odds: shares, which together are 1")
+if args.layout is not None and not args.layout > 0:
+    parser.error("--layout: above 0; without it nothing is asked of queries")
 args.odds = [share / sum(args.odds) for share in args.odds]  # numpy wants it to the last digits
 torch.set_num_threads(args.threads)
 torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
