@@ -1,6 +1,8 @@
 //! The seam: a network calls its hook once per attention layer, and the hook computes the attention.
 
 mod cudnn;
+#[cfg(fused_attention)]
+mod fused;
 mod product;
 
 pub(crate) use cudnn::{without_cudnn, without_cudnn_on};

@@ -1,4 +1,4 @@
-//! `softmax(Q K^T * scale + mask) V` by libtorch's kernels, and where they leave something to gain.
+//! `softmax(Q K^T * scale + mask) V` by libtorch's kernels, or by ours where these gain something.
 
 use crate::Result;
 use tch::Tensor;
@@ -12,6 +12,10 @@ pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Optio
         // The softmax of one score is 1, whatever the query. Cross-attention to one token of a fixed text: nothing to compute, and
         // gradients of 0. Who asks for the gradients of both may want to see these, as of weights that are trained.
         return Ok(v.f_expand([batch, heads, queries, values], false)?);
+    }
+    #[cfg(fused_attention)]
+    if let Some(output) = mask.is_none().then(|| super::fused::attend(q, k, v, scale)).flatten() {
+        return output;
     }
     let followed = [q, k, v].iter().any(|x| x.requires_grad());
     let alike = [k, v].iter().all(|x| x.size().get(..2) == Some([batch, heads].as_slice()));

@@ -1,0 +1,364 @@
+// Attention and its gradients on a CPU, in f32, without the matrix of scores ever being in memory (Dao et al. 2022): for a tile of
+// queries and a block of keys at a time, which stay in the nearest caches. Compiled once per instruction set, so nothing of the
+// standard library is used: the linker would be free to take its functions from the wrong one of the two.
+//
+// Scores are kept times log2(e), as powers of two are the cheaper ones.
+
+#include "kernel.h"
+
+#if defined(__AVX512F__)
+#define INSTRUCTIONS avx512
+#else
+#define INSTRUCTIONS avx2
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace fused {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+// Rows of the scores that are in registers at a time, two vectors wide: 28 of 32 registers.
+constexpr int SCORES = 14;
+// Rows of a product whose rows are queries, and whose rows are keys, up to three vectors wide.
+constexpr int OF_QUERIES = 7, OF_KEYS = 8;
+#else
+constexpr int LANES = 8;
+constexpr int SCORES = 6;
+constexpr int OF_QUERIES = 4, OF_KEYS = 4;
+#endif
+constexpr int PANEL = 2 * LANES;
+constexpr int64_t BLOCK = 128;
+constexpr int PARTS = LANES == 16 ? 2 : 4;
+constexpr int TILE = PARTS * SCORES;
+// Tiles that see a block of keys before the next block comes from a cache further off.
+constexpr int64_t GROUP = 4;
+static_assert(BLOCK % PANEL == 0 && PANEL % OF_KEYS == 0 && TILE % OF_QUERIES == 0, "what is left over is nowhere looked after");
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+INLINE Vector load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
+INLINE void store(float *to, Vector x) { *reinterpret_cast<Unaligned *>(to) = x; }
+INLINE Vector each(float x) { return x - Vector{}; }
+INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t up_to_whole(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+INLINE float sum(Vector x) {
+  float total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += x[lane];
+  return total;
+}
+
+INLINE float largest(Vector x) {
+  float most = x[0];
+  for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
+  return most;
+}
+
+// 2^x, to 1e-7 of itself; 0 below 2^-60, which the sum, of at least 1, does not see, and whose products would get so small that
+// processors compute them slowly. Nothing above 2^127 occurs: scores are at most what is subtracted from them.
+INLINE Vector power_of_two(Vector x) {
+  // Adding 1.5 * 2^23 rounds, and leaves the whole number in the lowest bits.
+  const Vector rounder = each(12582912.f);
+  const Vector shifted = x + rounder;
+  const Vector rest = x - (shifted - rounder);
+  // 2^rest from -0.5 to 0.5.
+  Vector y = each(1.5353362e-4f);
+  y = y * rest + 1.3398874e-3f;
+  y = y * rest + 9.6184373e-3f;
+  y = y * rest + 5.5503324e-2f;
+  y = y * rest + 2.4022648e-1f;
+  y = y * rest + 6.9314718e-1f;
+  y = y * rest + 1.f;
+  const Vector power = (Vector)((Integers)y + ((Integers)shifted << 23));
+  return x < each(-60.f) ? Vector{} : power;
+}
+
+// Rows as columns, `count` at a time: (width, count), so that a product finds what it needs next to one another.
+INLINE void transpose(const float *from, int64_t stride, int64_t rows, int64_t count, int64_t width, float factor, float *to) {
+  for (int64_t at = 0; at < width; at++)
+    for (int64_t row = 0; row < count; row++) to[at * count + row] = row < rows ? from[row * stride + at] * factor : 0.f;
+}
+
+// a b, where a is (width, SCORES) and b (width, PANEL), both transposed.
+INLINE void product(const float *a, const float *b, int64_t width, Vector (&c)[SCORES][2]) {
+  for (int row = 0; row < SCORES; row++) c[row][0] = c[row][1] = Vector{};
+  for (int64_t at = 0; at < width; at++) {
+    const Vector left = load(b + at * PANEL), right = load(b + at * PANEL + LANES);
+#pragma GCC unroll 14
+    for (int row = 0; row < SCORES; row++) {
+      const Vector x = each(a[at * SCORES + row]);
+      c[row][0] = x * left + c[row][0];
+      c[row][1] = x * right + c[row][1];
+    }
+  }
+}
+
+// A matrix of which either way round may be contiguous.
+struct Factor {
+  const float *data;
+  int64_t row;
+  int64_t column;
+};
+
+// c += a b, where c is (ROWS, VECTORS vectors) and b (depth, VECTORS vectors).
+template <int ROWS, int VECTORS>
+INLINE void add_part(Factor a, const float *b, int64_t depth, float *c, int64_t stride, int64_t stride_of_c) {
+  Vector sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 3
+    for (int at = 0; at < VECTORS; at++) sums[row][at] = load(c + row * stride_of_c + at * LANES);
+  for (int64_t k = 0; k < depth; k++) {
+    Vector y[VECTORS];
+#pragma GCC unroll 3
+    for (int at = 0; at < VECTORS; at++) y[at] = load(b + k * stride + at * LANES);
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++) {
+      const Vector x = each(a.data[row * a.row + k * a.column]);
+#pragma GCC unroll 3
+      for (int at = 0; at < VECTORS; at++) sums[row][at] = x * y[at] + sums[row][at];
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 3
+    for (int at = 0; at < VECTORS; at++) store(c + row * stride_of_c + at * LANES, sums[row][at]);
+}
+
+// c += a b, where c is (rows, padded), `padded` apart, and b (depth, padded); whole ROWS are done.
+template <int ROWS> void add_product(Factor a, int64_t rows, Rows b, int64_t depth, int64_t padded, float *c) {
+  for (int64_t row = 0; row < rows; row += ROWS) {
+    const Factor part{a.data + row * a.row, a.row, a.column};
+    float *to = c + row * padded;
+    for (int64_t at = 0; at < padded;) {
+      const int64_t left = (padded - at) / LANES;
+      // 4 as 2 and 2: a product of one vector waits for itself.
+      const int64_t vectors = left == 4 ? 2 : least(left, 3);
+      if (vectors == 3) {
+        add_part<ROWS, 3>(part, b.data + at, depth, to + at, b.stride, padded);
+      } else if (vectors == 2) {
+        add_part<ROWS, 2>(part, b.data + at, depth, to + at, b.stride, padded);
+      } else {
+        add_part<ROWS, 1>(part, b.data + at, depth, to + at, b.stride, padded);
+      }
+      at += vectors * LANES;
+    }
+  }
+}
+
+int64_t panel_floats(const Shape &shape) { return up_to_whole(shape.keys, PANEL) * shape.width; }
+
+void panels(const Shape &shape, Rows rows, float *to) {
+  for (int64_t key = 0; key < shape.keys; key += PANEL) {
+    transpose(rows.row(key), rows.stride, least(PANEL, shape.keys - key), PANEL, shape.width, 1.f, to + key * shape.width);
+  }
+}
+
+int64_t key_rows(const Shape &shape) { return up_to_whole(shape.keys, OF_KEYS); }
+
+// Hands out parts of a piece of memory.
+struct Scratch {
+  float *at;
+
+  float *take(int64_t floats) {
+    float *taken = at;
+    at += up_to_whole(floats, 16);
+    return taken;
+  }
+};
+
+int64_t scratch_floats(const Shape &shape) {
+  // Of the backward pass, which needs more, with what rounding up may add.
+  return TILE * (2 * BLOCK + GROUP * (2 * shape.width + 3 * shape.padded + 2)) + 16 * 16;
+}
+
+// Weights of a tile's queries for a block of keys, and what they make of the values, so far.
+struct Softmax {
+  const float *query; // (PARTS, width, SCORES), scaled
+  float *weights;     // (TILE, BLOCK)
+  float *output;      // (TILE, padded)
+  float *most;        // (TILE): the largest score
+  float *sums;        // (TILE): of the weights
+};
+
+// Scores of keys that are not there are made the least there can be.
+INLINE void cover(Vector (&scores)[SCORES][2], int64_t keys) {
+  for (int half = 0; half < 2; half++) {
+    for (int lane = 0; lane < LANES; lane++) {
+      if (half * LANES + lane < keys) continue;
+      for (int row = 0; row < SCORES; row++) scores[row][half][lane] = -__builtin_inff();
+    }
+  }
+}
+
+void weigh(const Shape &shape, const Softmax &tile, const float *keys, int64_t count) {
+  for (int part = 0; part < PARTS; part++) {
+    const int first = part * SCORES;
+    Vector most[SCORES];
+    for (int row = 0; row < SCORES; row++) most[row] = each(tile.most[first + row]);
+    for (int64_t key = 0; key < count; key += PANEL) {
+      Vector scores[SCORES][2];
+      product(tile.query + part * SCORES * shape.width, keys + key * shape.width, shape.width, scores);
+      if (count - key < PANEL) cover(scores, count - key);
+#pragma GCC unroll 14
+      for (int row = 0; row < SCORES; row++) {
+        most[row] = larger(larger(scores[row][0], scores[row][1]), most[row]);
+        store(tile.weights + (first + row) * BLOCK + key, scores[row][0]);
+        store(tile.weights + (first + row) * BLOCK + key + LANES, scores[row][1]);
+      }
+    }
+    for (int row = first; row < first + SCORES; row++) {
+      const float before = tile.most[row], now = largest(most[row - first]);
+      if (now > before) {
+        const float factor = power_of_two(each(before - now))[0];
+        tile.most[row] = now;
+        tile.sums[row] *= factor;
+        for (int64_t at = 0; at < shape.padded; at += LANES) {
+          float *x = tile.output + row * shape.padded + at;
+          store(x, load(x) * factor);
+        }
+      }
+      Vector left{}, right{};
+      for (int64_t key = 0; key < count; key += PANEL) {
+        float *x = tile.weights + row * BLOCK + key;
+        const Vector a = power_of_two(load(x) - tile.most[row]), b = power_of_two(load(x + LANES) - tile.most[row]);
+        store(x, a);
+        store(x + LANES, b);
+        left += a;
+        right += b;
+      }
+      tile.sums[row] += sum(left + right);
+    }
+  }
+}
+
+void forward(const Shape &shape, const Forward &pass, Span span, float *memory) {
+  constexpr float LOG2_E = 1.44269504f;
+  const int64_t width = shape.width, padded = shape.padded;
+  Scratch scratch{memory};
+  float *weights = scratch.take(TILE * BLOCK), *query = scratch.take(GROUP * TILE * width), *output = scratch.take(GROUP * TILE * padded);
+  float *most = scratch.take(GROUP * TILE), *sums = scratch.take(GROUP * TILE);
+  for (int64_t group = span.from; group < span.to; group += GROUP * TILE) {
+    const int64_t rows = least(GROUP * TILE, span.to - group), tiles = up_to_whole(rows, TILE) / TILE;
+    for (int64_t row = 0; row < tiles * TILE; row += SCORES) {
+      const int64_t here = row < rows ? least(SCORES, rows - row) : 0;
+      transpose(pass.query.row(group + row), pass.query.stride, here, SCORES, width, shape.scale * LOG2_E, query + row * width);
+    }
+    for (int64_t i = 0; i < tiles * TILE * padded; i++) output[i] = 0;
+    for (int64_t row = 0; row < tiles * TILE; row++) {
+      most[row] = -__builtin_inff();
+      sums[row] = 0;
+    }
+    for (int64_t key = 0; key < shape.keys; key += BLOCK) {
+      const int64_t count = least(BLOCK, shape.keys - key);
+      for (int64_t first = 0; first < tiles * TILE; first += TILE) {
+        const Softmax tile{query + first * width, weights, output + first * padded, most + first, sums + first};
+        weigh(shape, tile, pass.keys + key * width, count);
+        const Rows values{pass.values.row(key), pass.values.stride};
+        add_product<OF_QUERIES>({weights, BLOCK, 1}, TILE, values, count, padded, tile.output);
+      }
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      const float inverse = 1.f / sums[row];
+      float *to = pass.output + (group + row) * pass.output_stride;
+      for (int64_t at = 0; at < width; at++) to[at] = output[row * padded + at] * inverse;
+      pass.log_sums[group + row] = most[row] + __builtin_log2f(sums[row]);
+    }
+  }
+}
+
+// A tile's queries, on the way back.
+struct Slopes {
+  const float *query;     // (PARTS, width, SCORES), scaled
+  const float *of_output; // (PARTS, width, SCORES)
+  const float *log_sums;  // (TILE)
+  const float *dots;      // (TILE): of outputs and gradients by them
+  float *weights;         // (TILE, BLOCK)
+  float *of_scores;       // (TILE, BLOCK): gradient by the scores before they are scaled, over the scale
+};
+
+void slopes(const Shape &shape, const Slopes &tile, const float *keys, const float *values, int64_t count) {
+  for (int64_t key = 0; key < count; key += PANEL) {
+    for (int part = 0; part < PARTS; part++) {
+      const int first = part * SCORES;
+      Vector x[SCORES][2];
+      product(tile.query + first * shape.width, keys + key * shape.width, shape.width, x);
+#pragma GCC unroll 14
+      for (int row = 0; row < SCORES; row++) {
+        float *to = tile.weights + (first + row) * BLOCK + key;
+        store(to, power_of_two(x[row][0] - tile.log_sums[first + row]));
+        store(to + LANES, power_of_two(x[row][1] - tile.log_sums[first + row]));
+      }
+      product(tile.of_output + first * shape.width, values + key * shape.width, shape.width, x);
+#pragma GCC unroll 14
+      for (int row = 0; row < SCORES; row++) {
+        const int64_t at = (first + row) * BLOCK + key;
+        store(tile.of_scores + at, (x[row][0] - tile.dots[first + row]) * load(tile.weights + at));
+        store(tile.of_scores + at + LANES, (x[row][1] - tile.dots[first + row]) * load(tile.weights + at + LANES));
+      }
+    }
+  }
+}
+
+void backward(const Shape &shape, const Backward &pass, Span span, float *memory) {
+  constexpr float LOG2_E = 1.44269504f;
+  const int64_t width = shape.width, padded = shape.padded, all = GROUP * TILE;
+  Scratch scratch{memory};
+  float *weights = scratch.take(TILE * BLOCK), *of_scores = scratch.take(TILE * BLOCK);
+  float *query = scratch.take(all * width), *of_output = scratch.take(all * width);
+  float *query_rows = scratch.take(all * padded), *of_output_rows = scratch.take(all * padded), *of_query = scratch.take(all * padded);
+  float *dots = scratch.take(all), *log_sums = scratch.take(all);
+  for (int64_t group = span.from; group < span.to; group += all) {
+    const int64_t rows = least(all, span.to - group), tiles = up_to_whole(rows, TILE) / TILE;
+    for (int64_t row = 0; row < tiles * TILE; row += SCORES) {
+      const int64_t here = row < rows ? least(SCORES, rows - row) : 0;
+      transpose(pass.query.row(group + row), pass.query.stride, here, SCORES, width, shape.scale * LOG2_E, query + row * width);
+      transpose(pass.of_output.row(group + row), pass.of_output.stride, here, SCORES, width, 1.f, of_output + row * width);
+    }
+    for (int64_t i = 0; i < tiles * TILE * padded; i++) query_rows[i] = of_output_rows[i] = of_query[i] = 0;
+    for (int64_t row = 0; row < tiles * TILE; row++) {
+      dots[row] = log_sums[row] = 0;
+      if (row >= rows) continue;
+      const float *q = pass.query.row(group + row), *o = pass.output.row(group + row), *g = pass.of_output.row(group + row);
+      for (int64_t at = 0; at < width; at++) {
+        query_rows[row * padded + at] = q[at] * shape.scale;
+        of_output_rows[row * padded + at] = g[at];
+        dots[row] += o[at] * g[at];
+      }
+      log_sums[row] = pass.log_sums[group + row];
+    }
+    for (int64_t key = 0; key < shape.keys; key += BLOCK) {
+      const int64_t count = least(BLOCK, shape.keys - key);
+      for (int64_t first = 0; first < tiles * TILE; first += TILE) {
+        const Slopes tile{query + first * width, of_output + first * width, log_sums + first, dots + first, weights, of_scores};
+        slopes(shape, tile, pass.keys + key * width, pass.values + key * width, count);
+        if (pass.of_query) {
+          const Rows keys{pass.key.row(key), pass.key.stride};
+          add_product<OF_QUERIES>({of_scores, BLOCK, 1}, TILE, keys, count, padded, of_query + first * padded);
+        }
+        // Queries that are not there have gradients of 0.
+        const int64_t depth = least(TILE, rows - first);
+        if (pass.of_key) {
+          add_product<OF_KEYS>({of_scores, 1, BLOCK}, count, {query_rows + first * padded, padded}, depth, padded, pass.of_key + key * padded);
+        }
+        if (pass.of_value) {
+          add_product<OF_KEYS>({weights, 1, BLOCK}, count, {of_output_rows + first * padded, padded}, depth, padded, pass.of_value + key * padded);
+        }
+      }
+    }
+    for (int64_t row = 0; pass.of_query && row < rows; row++) {
+      float *to = pass.of_query + (group + row) * pass.of_query_stride;
+      for (int64_t at = 0; at < width; at++) to[at] = of_query[row * padded + at] * shape.scale;
+    }
+  }
+}
+
+} // namespace
+
+const Kernel INSTRUCTIONS{LANES, TILE, panel_floats, panels, key_rows, scratch_floats, forward, backward};
+
+} // namespace fused
