@@ -6,6 +6,8 @@
 
 #include "kernel.h"
 
+#include <immintrin.h>
+
 #if defined(__AVX512F__)
 #define INSTRUCTIONS avx512
 #else
@@ -50,6 +52,15 @@ INLINE float sum(Vector x) {
   float total = 0;
   for (int lane = 0; lane < LANES; lane++) total += x[lane];
   return total;
+}
+
+// Whether a lane of one is above the other's.
+INLINE bool exceeds(Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#endif
 }
 
 INLINE float largest(Vector x) {
@@ -173,7 +184,7 @@ struct Scratch {
 
 int64_t scratch_floats(const Shape &shape) {
   // Of the backward pass, which needs more, with what rounding up may add.
-  return TILE * (2 * BLOCK + GROUP * (2 * shape.width + 3 * shape.padded + 2)) + 16 * 16;
+  return TILE * (2 * BLOCK + GROUP * (2 * shape.width + 3 * shape.padded + 1 + LANES)) + 16 * 16;
 }
 
 // Weights of a tile's queries for a block of keys, and what they make of the values, so far.
@@ -182,47 +193,40 @@ struct Softmax {
   float *weights;     // (TILE, BLOCK)
   float *output;      // (TILE, padded)
   float *most;        // (TILE): the largest score
-  float *sums;        // (TILE): of the weights
+  float *sums;        // (TILE, LANES): of the weights, added up at the end
 };
-
-// Scores of keys that are not there are made the least there can be.
-INLINE void cover(Vector (&scores)[SCORES][2], int64_t keys) {
-  for (int half = 0; half < 2; half++) {
-    for (int lane = 0; lane < LANES; lane++) {
-      if (half * LANES + lane < keys) continue;
-      for (int row = 0; row < SCORES; row++) scores[row][half][lane] = -__builtin_inff();
-    }
-  }
-}
 
 void weigh(const Shape &shape, const Softmax &tile, const float *keys, int64_t count) {
   for (int part = 0; part < PARTS; part++) {
     const int first = part * SCORES;
-    Vector most[SCORES];
-    for (int row = 0; row < SCORES; row++) most[row] = each(tile.most[first + row]);
     for (int64_t key = 0; key < count; key += PANEL) {
       Vector scores[SCORES][2];
       product(tile.query + part * SCORES * shape.width, keys + key * shape.width, shape.width, scores);
-      if (count - key < PANEL) cover(scores, count - key);
 #pragma GCC unroll 14
       for (int row = 0; row < SCORES; row++) {
-        most[row] = larger(larger(scores[row][0], scores[row][1]), most[row]);
         store(tile.weights + (first + row) * BLOCK + key, scores[row][0]);
         store(tile.weights + (first + row) * BLOCK + key + LANES, scores[row][1]);
       }
     }
     for (int row = first; row < first + SCORES; row++) {
-      const float before = tile.most[row], now = largest(most[row - first]);
-      if (now > before) {
-        const float factor = power_of_two(each(before - now))[0];
+      // Keys that are not there have the least score there can be.
+      for (int64_t key = count; key < up_to_whole(count, PANEL); key++) tile.weights[row * BLOCK + key] = -__builtin_inff();
+      Vector most = each(tile.most[row]);
+      for (int64_t key = 0; key < count; key += PANEL) {
+        const float *x = tile.weights + row * BLOCK + key;
+        most = larger(larger(load(x), load(x + LANES)), most);
+      }
+      Vector left = load(tile.sums + row * LANES), right{};
+      if (exceeds(most, each(tile.most[row]))) {
+        const float now = largest(most);
+        const float factor = power_of_two(each(tile.most[row] - now))[0];
         tile.most[row] = now;
-        tile.sums[row] *= factor;
+        left *= factor;
         for (int64_t at = 0; at < shape.padded; at += LANES) {
           float *x = tile.output + row * shape.padded + at;
           store(x, load(x) * factor);
         }
       }
-      Vector left{}, right{};
       for (int64_t key = 0; key < count; key += PANEL) {
         float *x = tile.weights + row * BLOCK + key;
         const Vector a = power_of_two(load(x) - tile.most[row]), b = power_of_two(load(x + LANES) - tile.most[row]);
@@ -231,7 +235,7 @@ void weigh(const Shape &shape, const Softmax &tile, const float *keys, int64_t c
         left += a;
         right += b;
       }
-      tile.sums[row] += sum(left + right);
+      store(tile.sums + row * LANES, left + right);
     }
   }
 }
@@ -241,7 +245,7 @@ void forward(const Shape &shape, const Forward &pass, Span span, float *memory) 
   const int64_t width = shape.width, padded = shape.padded;
   Scratch scratch{memory};
   float *weights = scratch.take(TILE * BLOCK), *query = scratch.take(GROUP * TILE * width), *output = scratch.take(GROUP * TILE * padded);
-  float *most = scratch.take(GROUP * TILE), *sums = scratch.take(GROUP * TILE);
+  float *most = scratch.take(GROUP * TILE), *sums = scratch.take(GROUP * TILE * LANES);
   for (int64_t group = span.from; group < span.to; group += GROUP * TILE) {
     const int64_t rows = least(GROUP * TILE, span.to - group), tiles = up_to_whole(rows, TILE) / TILE;
     for (int64_t row = 0; row < tiles * TILE; row += SCORES) {
@@ -249,24 +253,22 @@ void forward(const Shape &shape, const Forward &pass, Span span, float *memory) 
       transpose(pass.query.row(group + row), pass.query.stride, here, SCORES, width, shape.scale * LOG2_E, query + row * width);
     }
     for (int64_t i = 0; i < tiles * TILE * padded; i++) output[i] = 0;
-    for (int64_t row = 0; row < tiles * TILE; row++) {
-      most[row] = -__builtin_inff();
-      sums[row] = 0;
-    }
+    for (int64_t row = 0; row < tiles * TILE; row++) most[row] = -__builtin_inff();
+    for (int64_t i = 0; i < tiles * TILE * LANES; i++) sums[i] = 0;
     for (int64_t key = 0; key < shape.keys; key += BLOCK) {
       const int64_t count = least(BLOCK, shape.keys - key);
       for (int64_t first = 0; first < tiles * TILE; first += TILE) {
-        const Softmax tile{query + first * width, weights, output + first * padded, most + first, sums + first};
+        const Softmax tile{query + first * width, weights, output + first * padded, most + first, sums + first * LANES};
         weigh(shape, tile, pass.keys + key * width, count);
         const Rows values{pass.values.row(key), pass.values.stride};
         add_product<OF_QUERIES>({weights, BLOCK, 1}, TILE, values, count, padded, tile.output);
       }
     }
     for (int64_t row = 0; row < rows; row++) {
-      const float inverse = 1.f / sums[row];
+      const float total = sum(load(sums + row * LANES)), inverse = 1.f / total;
       float *to = pass.output + (group + row) * pass.output_stride;
       for (int64_t at = 0; at < width; at++) to[at] = output[row * padded + at] * inverse;
-      pass.log_sums[group + row] = most[row] + __builtin_log2f(sums[row]);
+      pass.log_sums[group + row] = most[row] + __builtin_log2f(total);
     }
   }
 }
