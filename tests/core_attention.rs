@@ -23,7 +23,11 @@ fn all(inputs: &[Tensor; 3], attend: impl Fn(&[Tensor; 3]) -> Tensor) -> Vec<Ten
 fn threads_share_out_heads_and_queries() {
     // More heads than threads and fewer, queries that no number of threads divides, keys of none.
     for (pictures, heads, queries, keys, width) in [(1, 1, 4096, 1024, 48), (1, 1, 1000, 1001, 40), (2, 3, 333, 257, 64), (1, 8, 150, 200, 20)] {
-        let qkv = [tensor(pictures, heads, queries, width, 0.0131), tensor(pictures, heads, keys, width, 0.0173), tensor(pictures, heads, keys, width, 0.0197)];
+        let qkv = [
+            tensor(pictures, heads, queries, width, 0.0131),
+            tensor(pictures, heads, keys, width, 0.0173),
+            tensor(pictures, heads, keys, width, 0.0197),
+        ];
         let double = [0, 1, 2].map(|i: usize| qkv[i].to_kind(Kind::Double));
         let expected = all(&double, |[q, k, v]| (q.matmul(&k.transpose(-2, -1)) / (width as f64).sqrt()).softmax(-1, Kind::Double).matmul(v));
         let by = |threads| {

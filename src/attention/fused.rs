@@ -18,7 +18,14 @@ const LANES: [i64; 2] = [16, 8];
 #[allow(unsafe_code)] // Declared here, see operator.cpp.
 extern "C" {
     fn fused_attention_can(lanes: i64) -> bool;
-    fn fused_attention(query: *const c_void, key: *const c_void, value: *const c_void, scale: f64, lanes: i64, output: *mut *mut c_void) -> *mut c_char;
+    fn fused_attention(
+        query: *const c_void,
+        key: *const c_void,
+        value: *const c_void,
+        scale: f64,
+        lanes: i64,
+        output: *mut *mut c_void,
+    ) -> *mut c_char;
     fn fused_attention_free_error(error: *mut c_char);
 }
 
@@ -29,7 +36,7 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: Option<f64>) -> 
     let ([pictures, heads, queries, width], [_, _, keys, _]) = (of_query?, of_key?);
     let fits = of_key == of_value && of_key == Some([pictures, heads, keys, width]) && pictures > 0 && heads > 0;
     let large = queries >= FEWEST && keys >= FEWEST && (1..=WIDEST).contains(&width);
-    let plain = [q, k, v].iter().all(|x| x.device() == Device::Cpu && x.kind() == Kind::Float && !x.is_sparse());
+    let plain = [q, k, v].iter().all(|x| x.device() == Device::Cpu && x.f_kind().is_ok_and(|kind| kind == Kind::Float) && !x.is_sparse());
     let scale = scale.unwrap_or_else(|| 1.0 / (width as f64).sqrt());
     // Others turn the order of scores, or make the sums of the kernels' powers of two meaningless.
     let usual = scale.is_finite() && (scale as f32).is_normal() && scale > 0.0;
@@ -76,8 +83,15 @@ mod tests {
     type Shape = (i64, i64, i64, i64, i64);
 
     /// Of whole tiles, blocks and vectors, and of what is left over of each; more keys than queries, fewer, one query.
-    const SHAPES: [Shape; 7] =
-        [(1, 1, 512, 512, 48), (1, 2, 300, 411, 40), (2, 3, 129, 257, 7), (1, 1, 1, 300, 16), (1, 4, 200, 1, 64), (2, 1, 131, 640, 160), (1, 2, 256, 130, 80)];
+    const SHAPES: [Shape; 7] = [
+        (1, 1, 512, 512, 48),
+        (1, 2, 300, 411, 40),
+        (2, 3, 129, 257, 7),
+        (1, 1, 1, 300, 16),
+        (1, 4, 200, 1, 64),
+        (2, 1, 131, 640, 160),
+        (1, 2, 256, 130, 80),
+    ];
 
     /// As a network has them, (pictures, tokens, heads, width) transposed. No random numbers: libtorch's generator is everybody's.
     fn layer((pictures, heads, queries, keys, width): Shape, spread: f64) -> [Tensor; 3] {

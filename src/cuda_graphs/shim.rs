@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_int, c_void, CStr};
 use std::sync::OnceLock;
 use tch::TchError;
 
-/// Empty where build.rs could not make it, and then why.
+/// Empty where build/cuda_graphs.rs could not make it, and then why.
 #[cfg(target_os = "linux")]
 const LIBRARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cuda_graphs.so"));
 const WHY_NOT: &str = include_str!(concat!(env!("OUT_DIR"), "/cuda_graphs.txt"));
@@ -67,7 +67,7 @@ fn load() -> std::result::Result<Shim, String> {
     }
     let file = file().map_err(|error| format!("a file in memory (memfd_create) could not be made: {error}"))?;
     let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&file));
-    // SAFETY: it is the library that build.rs made, whose initialisers are the compiler's.
+    // SAFETY: it is the library that build/cuda_graphs.rs made, whose initialisers are the compiler's.
     let opened = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
     let library = opened.map_err(|error| device::with_causes(&error))?;
     // SAFETY: the types are those of shim.cpp.
