@@ -9,7 +9,7 @@ CASES ?= bundled-256
 FEATURES ?=
 
 # `doc-only` does without libtorch, so nothing that is linked can be built with it; `download-libtorch` adds no code.
-FEATURE_SETS = "--no-default-features" "" "--features hub" "--features hub,cuda-graphs" "--no-default-features --features cuda-graphs"
+FEATURE_SETS = "--no-default-features" "" "--features hub" "--features hub,cuda-graphs" "--no-default-features --features cuda-graphs" "--no-default-features --features fused-attention"
 
 .DEFAULT_GOAL := help
 .PHONY: help libtorch demo test lint doc bench gallery compare reference fixtures clean

@@ -4,8 +4,13 @@ use crate::{cxx11_abi, torch_includes};
 use std::path::{Path, PathBuf};
 
 const FOLDER: &str = "src/attention/fused";
-/// By their names in the sources: flags of processors, for which a program chooses as it runs.
-const KERNELS: [&[&str]; 2] = [&["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"], &["-mavx2", "-mfma"]];
+
+/// By its name in the sources: floats of a vector, flags. A program chooses as it runs, so what is asked of the processor there is
+/// what stands here.
+const KERNELS: [(&str, &str, &[&str]); 2] = [
+    ("avx512", "16", &["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]),
+    ("avx2", "8", &["-mavx2", "-mfma"]),
+];
 
 /// Where they cannot be made (another processor or compiler) the crate is built without, and attention is libtorch's.
 pub fn build(libtorch: &Path) {
@@ -19,14 +24,19 @@ pub fn build(libtorch: &Path) {
     }
 }
 
-fn compile(libtorch: &Path) -> Result<(), cc::Error> {
+fn compile(libtorch: &Path) -> Result<(), String> {
     let source = |name: &str| Path::new(FOLDER).join(name);
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let mut objects: Vec<PathBuf> = vec![];
-    for (index, flags) in KERNELS.iter().enumerate() {
+    for (name, lanes, flags) in KERNELS {
+        // A folder for each, as objects are named by their sources.
+        let folder = out.join(name);
+        std::fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
         let mut kernel = common();
-        // No function of the standard library that one of them might hand the other.
-        kernel.opt_level(3).flags(*flags).flags(["-ffp-contract=fast", "-fno-math-errno"]);
-        objects.extend(kernel.out_dir(out_dir(&index.to_string())).file(source("kernel.cpp")).try_compile_intermediates()?);
+        kernel.out_dir(folder).opt_level(3).define("FUSED_KERNEL", name).define("FUSED_LANES", lanes).flags(flags);
+        // Sums of products in one instruction; roots and logarithms that do not have to set errno.
+        kernel.flags(["-ffp-contract=fast", "-fno-math-errno"]).file(source("kernel.cpp"));
+        objects.extend(kernel.try_compile_intermediates().map_err(|error| error.to_string())?);
     }
     let mut operator = common();
     operator.opt_level(2).define("_GLIBCXX_USE_CXX11_ABI", cxx11_abi().as_str());
@@ -34,18 +44,12 @@ fn compile(libtorch: &Path) -> Result<(), cc::Error> {
         // Their warnings are not ours.
         operator.flag("-isystem").flag(folder);
     }
-    operator.file(source("operator.cpp")).objects(objects).try_compile("attention_distillation_fused")
+    operator.file(source("operator.cpp")).objects(objects);
+    operator.try_compile("attention_distillation_fused").map_err(|error| error.to_string())
 }
 
 fn common() -> cc::Build {
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").pic(true).debug(false).warnings(false).flag("-fvisibility=hidden").flag("-fvisibility-inlines-hidden");
     build
-}
-
-/// A folder for each kernel, as objects are named by their sources.
-fn out_dir(name: &str) -> PathBuf {
-    let folder = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("kernels").join(name);
-    std::fs::create_dir_all(&folder).expect("OUT_DIR can be written to");
-    folder
 }

@@ -25,17 +25,29 @@ fn main() {
     cuda_graphs::build(libtorch.as_deref());
 }
 
-/// Folders of libtorch's headers.
+/// Folders of libtorch's headers, where torch-sys finds them.
 #[cfg(any(feature = "cuda-graphs", feature = "fused-attention"))]
-fn torch_includes(lib: &Path) -> [PathBuf; 2] {
-    println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
-    let of_torch = std::env::var_os("LIBTORCH_INCLUDE").map(PathBuf::from).or_else(|| lib.parent().map(Path::to_owned)).unwrap_or_default();
-    ["include", "include/torch/csrc/api/include"].map(|folder| of_torch.join(folder))
+fn torch_includes(lib: &Path) -> Vec<PathBuf> {
+    let named = ["LIBTORCH_INCLUDE", "LIBTORCH"].into_iter().filter(|_| !of_python()).find_map(|name| {
+        println!("cargo:rerun-if-env-changed={name}");
+        std::env::var_os(name).map(PathBuf::from)
+    });
+    let root = named.or_else(|| lib.parent().map(Path::to_owned)).unwrap_or_default();
+    let folders = ["include", "include/torch/csrc/api/include"].map(|folder| root.join(folder));
+    // The compiler looks there by itself, and must do so after its own.
+    folders.into_iter().filter(|folder| folder != Path::new("/usr/include")).collect()
 }
 
 /// For which of C++'s two ABIs libtorch was built, as torch-sys has it.
 #[cfg(any(feature = "cuda-graphs", feature = "fused-attention"))]
 fn cxx11_abi() -> String {
     println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
-    std::env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into())
+    std::env::var("LIBTORCH_CXX11_ABI").ok().filter(|_| !of_python()).unwrap_or_else(|| "1".into())
+}
+
+/// Whether libtorch is that of a Python, whose folders and ABI no variable names.
+#[cfg(any(feature = "cuda-graphs", feature = "fused-attention"))]
+fn of_python() -> bool {
+    println!("cargo:rerun-if-env-changed=LIBTORCH_USE_PYTORCH");
+    std::env::var_os("LIBTORCH_USE_PYTORCH").is_some()
 }

@@ -126,6 +126,13 @@ mod tests {
         assert!(scaled_dot_product(q, k, v, Some(&mask), None).unwrap().allclose(&expected, 0.0, 1e-6, false));
     }
 
+    /// Or all that is tested of the kernels is not there to be tested.
+    #[test]
+    #[cfg(all(feature = "fused-attention", target_arch = "x86_64", target_os = "linux"))]
+    fn fused_kernels_are_built() {
+        assert!(cfg!(fused_attention), "the build's warning says why not");
+    }
+
     #[test]
     fn cores_are_kept_busy() {
         // (heads of all pictures, queries, threads)

@@ -3,29 +3,23 @@
 // standard library is used: the linker would be free to take its functions from the wrong one of the two.
 //
 // Scores are kept times log2(e), as powers of two are the cheaper ones.
+//
+// The build says which one this is, FUSED_KERNEL with vectors of FUSED_LANES floats: the compiler may have been told of more.
 
 #include "kernel.h"
 
 #include <immintrin.h>
 
-#if defined(__AVX512F__)
-#define INSTRUCTIONS avx512
-#else
-#define INSTRUCTIONS avx2
-#endif
-#define INLINE inline __attribute__((always_inline))
-
-namespace fused {
+namespace attention_distillation_fused {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
+constexpr int LANES = FUSED_LANES;
+#if FUSED_LANES == 16
 // Rows of the scores that are in registers at a time, two vectors wide: 28 of 32 registers.
 constexpr int SCORES = 14;
 // Rows of a product whose rows are queries, and whose rows are keys, up to three vectors wide.
 constexpr int OF_QUERIES = 7, OF_KEYS = 8;
 #else
-constexpr int LANES = 8;
 constexpr int SCORES = 6;
 constexpr int OF_QUERIES = 4, OF_KEYS = 4;
 #endif
@@ -38,8 +32,8 @@ constexpr int64_t GROUP = 4;
 static_assert(BLOCK % PANEL == 0 && PANEL % OF_KEYS == 0 && TILE % OF_QUERIES == 0, "what is left over is nowhere looked after");
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Integers __attribute__((vector_size(4 * LANES)));
 
 INLINE Vector load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
 INLINE void store(float *to, Vector x) { *reinterpret_cast<Unaligned *>(to) = x; }
@@ -56,7 +50,7 @@ INLINE float sum(Vector x) {
 
 // Whether a lane of one is above the other's.
 INLINE bool exceeds(Vector a, Vector b) {
-#if defined(__AVX512F__)
+#if FUSED_LANES == 16
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
 #else
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
@@ -69,11 +63,11 @@ INLINE float largest(Vector x) {
   return most;
 }
 
-// 2^x, to 1e-7 of itself; 0 below 2^-60, which the sum, of at least 1, does not see, and whose products would get so small that
-// processors compute them slowly. Nothing above 2^127 occurs: scores are at most what is subtracted from them.
+// 2^x for x up to 127, to 1e-7 of itself, and what is not a number stays so. 0 below 2^-60: sums of weights are at least 1 and do not
+// see that, outputs do where a value is 1e11 times another; so small numbers times gradients come to what processors are slow with.
 INLINE Vector power_of_two(Vector x) {
-  // Adding 1.5 * 2^23 rounds, and leaves the whole number in the lowest bits.
-  const Vector rounder = each(12582912.f);
+  // Adding 1.5 * 2^23 rounds; the lowest bits are then the whole number, here plus 127, as exponents are.
+  const Vector rounder = each(12583039.f);
   const Vector shifted = x + rounder;
   const Vector rest = x - (shifted - rounder);
   // 2^rest from -0.5 to 0.5.
@@ -84,14 +78,15 @@ INLINE Vector power_of_two(Vector x) {
   y = y * rest + 2.4022648e-1f;
   y = y * rest + 6.9314718e-1f;
   y = y * rest + 1.f;
-  const Vector power = (Vector)((Integers)y + ((Integers)shifted << 23));
+  const Vector power = y * (Vector)((Integers)shifted << 23);
   return x < each(-60.f) ? Vector{} : power;
 }
 
 // Rows as columns, `count` at a time: (width, count), so that a product finds what it needs next to one another.
-INLINE void transpose(const float *from, int64_t stride, int64_t rows, int64_t count, int64_t width, float factor, float *to) {
+// Of `count` the first `rows`, from `first` on, are there; the others are 0.
+INLINE void transpose(Rows from, int64_t first, int64_t rows, int64_t count, int64_t width, float factor, float *to) {
   for (int64_t at = 0; at < width; at++)
-    for (int64_t row = 0; row < count; row++) to[at * count + row] = row < rows ? from[row * stride + at] * factor : 0.f;
+    for (int64_t row = 0; row < count; row++) to[at * count + row] = row < rows ? from.row(first + row)[at] * factor : 0.f;
 }
 
 // a b, where a is (width, SCORES) and b (width, PANEL), both transposed.
@@ -165,7 +160,7 @@ int64_t panel_floats(const Shape &shape) { return up_to_whole(shape.keys, PANEL)
 
 void panels(const Shape &shape, Rows rows, float *to) {
   for (int64_t key = 0; key < shape.keys; key += PANEL) {
-    transpose(rows.row(key), rows.stride, least(PANEL, shape.keys - key), PANEL, shape.width, 1.f, to + key * shape.width);
+    transpose(rows, key, least(PANEL, shape.keys - key), PANEL, shape.width, 1.f, to + key * shape.width);
   }
 }
 
@@ -227,9 +222,11 @@ void weigh(const Shape &shape, const Softmax &tile, const float *keys, int64_t c
           store(x, load(x) * factor);
         }
       }
+      // Where all scores so far are as small as can be, their difference from the largest is no number.
+      const float from = tile.most[row] == -__builtin_inff() ? 0.f : tile.most[row];
       for (int64_t key = 0; key < count; key += PANEL) {
         float *x = tile.weights + row * BLOCK + key;
-        const Vector a = power_of_two(load(x) - tile.most[row]), b = power_of_two(load(x + LANES) - tile.most[row]);
+        const Vector a = power_of_two(load(x) - from), b = power_of_two(load(x + LANES) - from);
         store(x, a);
         store(x + LANES, b);
         left += a;
@@ -250,7 +247,7 @@ void forward(const Shape &shape, const Forward &pass, Span span, float *memory) 
     const int64_t rows = least(GROUP * TILE, span.to - group), tiles = up_to_whole(rows, TILE) / TILE;
     for (int64_t row = 0; row < tiles * TILE; row += SCORES) {
       const int64_t here = row < rows ? least(SCORES, rows - row) : 0;
-      transpose(pass.query.row(group + row), pass.query.stride, here, SCORES, width, shape.scale * LOG2_E, query + row * width);
+      transpose(pass.query, group + row, here, SCORES, width, shape.scale * LOG2_E, query + row * width);
     }
     for (int64_t i = 0; i < tiles * TILE * padded; i++) output[i] = 0;
     for (int64_t row = 0; row < tiles * TILE; row++) most[row] = -__builtin_inff();
@@ -283,6 +280,7 @@ struct Slopes {
   float *of_scores;       // (TILE, BLOCK): gradient by the scores before they are scaled, over the scale
 };
 
+// Of keys that are not there come numbers without a meaning, in columns that nobody reads but for gradients by such keys.
 void slopes(const Shape &shape, const Slopes &tile, const float *keys, const float *values, int64_t count) {
   for (int64_t key = 0; key < count; key += PANEL) {
     for (int part = 0; part < PARTS; part++) {
@@ -318,8 +316,8 @@ void backward(const Shape &shape, const Backward &pass, Span span, float *memory
     const int64_t rows = least(all, span.to - group), tiles = up_to_whole(rows, TILE) / TILE;
     for (int64_t row = 0; row < tiles * TILE; row += SCORES) {
       const int64_t here = row < rows ? least(SCORES, rows - row) : 0;
-      transpose(pass.query.row(group + row), pass.query.stride, here, SCORES, width, shape.scale * LOG2_E, query + row * width);
-      transpose(pass.of_output.row(group + row), pass.of_output.stride, here, SCORES, width, 1.f, of_output + row * width);
+      transpose(pass.query, group + row, here, SCORES, width, shape.scale * LOG2_E, query + row * width);
+      transpose(pass.of_output, group + row, here, SCORES, width, 1.f, of_output + row * width);
     }
     for (int64_t i = 0; i < tiles * TILE * padded; i++) query_rows[i] = of_output_rows[i] = of_query[i] = 0;
     for (int64_t row = 0; row < tiles * TILE; row++) {
@@ -361,6 +359,6 @@ void backward(const Shape &shape, const Backward &pass, Span span, float *memory
 
 } // namespace
 
-const Kernel INSTRUCTIONS{LANES, TILE, panel_floats, panels, key_rows, scratch_floats, forward, backward};
+const Kernel FUSED_KERNEL{LANES, TILE, panel_floats, panels, key_rows, scratch_floats, forward, backward};
 
-} // namespace fused
+} // namespace attention_distillation_fused

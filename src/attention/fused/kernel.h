@@ -3,14 +3,18 @@
 
 #include <cstdint>
 
-namespace fused {
+// Functions that all files share must leave no copy of their own in any: the linker keeps one of them, which may be of instructions
+// that another processor lacks.
+#define INLINE inline __attribute__((always_inline))
+
+namespace attention_distillation_fused {
 
 // Rows of a matrix: those of a tensor (or of a copy of it), one head of one picture.
 struct Rows {
   const float *data;
   int64_t stride; // in floats, from one row to the next
 
-  const float *row(int64_t index) const { return data + index * stride; }
+  INLINE const float *row(int64_t index) const { return data + index * stride; }
 };
 
 struct Shape {
@@ -68,4 +72,4 @@ struct Kernel {
 extern const Kernel avx512;
 extern const Kernel avx2;
 
-} // namespace fused
+} // namespace attention_distillation_fused

@@ -1,9 +1,9 @@
 // The kernels as an operator of libtorch, which knows its gradients and shares out the work among libtorch's own threads.
-// Every function returns null, or what went wrong, to be freed by fused_attention_free_error.
 
 #include "kernel.h"
 
 #include <ATen/ATen.h>
+#include <ATen/TracerMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/stable/c/shim.h>
 
@@ -13,32 +13,22 @@
 #include <exception>
 #include <vector>
 
+namespace attention_distillation_fused {
 namespace {
 
 using at::Tensor;
-using fused::Kernel;
-using fused::Rows;
-using fused::Shape;
-using fused::Span;
 using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
-// The kernel with vectors of so many floats, if this processor, and its system, can do that.
-const Kernel *kernel_of(int64_t lanes) {
-  static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl");
-  static const bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return wide && lanes == fused::avx512.lanes ? &fused::avx512 : narrow && lanes == fused::avx2.lanes ? &fused::avx2 : nullptr;
-}
-
-const Kernel &known_kernel_of(int64_t lanes) {
-  const Kernel *kernel = kernel_of(lanes);
-  TORCH_CHECK(kernel, "attention: this processor has no vectors of ", lanes, " floats");
-  return *kernel;
+const Kernel &kernel_of(int64_t lanes) {
+  TORCH_CHECK(lanes == avx512.lanes || lanes == avx2.lanes, "attention: there is no kernel for vectors of ", lanes, " floats");
+  return lanes == avx512.lanes ? avx512 : avx2;
 }
 
 // Heads of all pictures, (pictures, heads, tokens, width), of any strides but the width's.
 struct Heads {
-  explicit Heads(const Tensor &tensor) : data(tensor.data_ptr<float>()), heads(tensor.size(1)), of_picture(tensor.stride(0)), of_head(tensor.stride(1)), of_token(tensor.stride(2)) {}
+  explicit Heads(const Tensor &tensor)
+      : data(tensor.data_ptr<float>()), heads(tensor.size(1)), of_picture(tensor.stride(0)), of_head(tensor.stride(1)), of_token(tensor.stride(2)) {}
 
   float *head(int64_t index) const { return data + index / heads * of_picture + index % heads * of_head; }
   Rows rows(int64_t index) const { return {head(index), of_token}; }
@@ -47,20 +37,27 @@ struct Heads {
   int64_t heads, of_picture, of_head, of_token;
 };
 
-Tensor by_rows(const Tensor &x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
+// A token's numbers side by side, as they are: libtorch may have put off to change their sign.
+Tensor by_rows(const Tensor &x) {
+  const Tensor resolved = x.resolve_neg();
+  return resolved.stride(3) == 1 ? resolved : resolved.contiguous();
+}
 
 // Whole vectors wide: itself, or a copy with zeros behind.
-Tensor padded(const Tensor &x, int64_t width) { return x.size(3) == width ? x : at::constant_pad_nd(x, {0, width - x.size(3)}); }
+Tensor padded(const Tensor &x, int64_t width) { return x.size(3) == width ? x : at::constant_pad_nd(x, {0, width - x.size(3)}).contiguous(); }
 
 // Laid out as networks do, with the heads of a token side by side, so that putting them together takes no copy.
-Tensor like(const Tensor &x) { return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options().requires_grad(false)).transpose(1, 2); }
+Tensor like(const Tensor &x) {
+  const int64_t pictures = x.size(0), heads = x.size(1), tokens = x.size(2), width = x.size(3);
+  return at::empty_strided({pictures, heads, tokens, width}, {tokens * heads * width, width, heads * width, 1}, x.options().requires_grad(false));
+}
 
 Shape shape_of(const Kernel &kernel, const Tensor &query, const Tensor &key, double scale) {
   const int64_t width = query.size(3), lanes = kernel.lanes;
   return {query.size(2), key.size(2), width, (width + lanes - 1) / lanes * lanes, static_cast<float>(scale)};
 }
 
-// `work(index)` for each index below `count`, by as many threads as there are.
+// `work(index)` for each index below `count`, by libtorch's threads. (`at::parallel_for` is theirs only where OpenMP is compiled for.)
 template <typename Work> void each_in_parallel(int64_t count, const Work &work) {
   const auto run = [](int64_t from, int64_t to, void *context) {
     for (int64_t index = from; index < to; index++) (*static_cast<const Work *>(context))(index);
@@ -82,19 +79,14 @@ struct Piece {
   int64_t head;
   Span span;
 };
+using Shares = std::vector<std::vector<Piece>>;
 
-int64_t threads() {
-  uint32_t count = 1;
-  TORCH_CHECK(torch_get_num_threads(&count) == 0, "attention: libtorch does not say how many threads it has");
-  return count;
-}
-
-// All queries of all heads in as many even shares as there are threads, each of pieces in order. A share's order of sums depends on
-// their number alone, not on which is done first.
-std::vector<std::vector<Piece>> shares(int64_t tile, int64_t heads, int64_t queries) {
+// All queries of all heads in `count` even shares, each of pieces in order. In which order a share adds up depends on their number
+// alone, not on which is done first.
+Shares shares_of(int64_t count, int64_t tile, int64_t heads, int64_t queries) {
   const int64_t tiles = (queries + tile - 1) / tile, all = heads * tiles;
-  const int64_t count = std::max<int64_t>(1, std::min(threads(), all));
-  std::vector<std::vector<Piece>> shares(count);
+  Shares shares(std::max<int64_t>(1, std::min(count, all)));
+  count = shares.size();
   for (int64_t share = 0; share < count; share++) {
     const int64_t end = all * (share + 1) / count;
     for (int64_t at = all * share / count; at < end;) {
@@ -111,21 +103,21 @@ struct Outcome {
   Tensor log_sums;
 };
 
-Outcome forward(const Kernel &kernel, const Tensor &query, const Tensor &key, const Tensor &value, double scale) {
+Outcome attend(const Kernel &kernel, const Tensor &query, const Tensor &key, const Tensor &value, double scale, int64_t threads) {
   const Shape shape = shape_of(kernel, query, key, scale);
   const int64_t heads = query.size(0) * query.size(1);
   const Tensor keys = panels(kernel, shape, key), values = padded(value, shape.padded);
   Outcome outcome{like(query), at::empty({heads, shape.queries}, keys.options())};
-  const auto all = shares(kernel.tile, heads, shape.queries);
+  const Shares shares = shares_of(threads, kernel.tile, heads, shape.queries);
   const int64_t floats = kernel.scratch_floats(shape);
-  const Tensor memory = at::empty({static_cast<int64_t>(all.size()), floats}, keys.options());
+  const Tensor memory = at::empty({static_cast<int64_t>(shares.size()), floats}, keys.options());
   const Heads q(query), v(values), o(outcome.output);
   const float *k = keys.data_ptr<float>();
   float *log_sums = outcome.log_sums.data_ptr<float>(), *scratch = memory.data_ptr<float>();
-  each_in_parallel(all.size(), [&](int64_t share) {
-    for (const Piece &piece : all[share]) {
-      const fused::Forward pass{q.rows(piece.head), k + piece.head * keys.size(1), v.rows(piece.head), o.head(piece.head), o.of_token,
-                                log_sums + piece.head * shape.queries};
+  each_in_parallel(shares.size(), [&](int64_t share) {
+    for (const Piece &piece : shares[share]) {
+      const Forward pass{q.rows(piece.head), k + piece.head * keys.size(1), v.rows(piece.head), o.head(piece.head), o.of_token,
+                         log_sums + piece.head * shape.queries};
       kernel.forward(shape, pass, piece.span, scratch + share * floats);
     }
   });
@@ -135,8 +127,7 @@ Outcome forward(const Kernel &kernel, const Tensor &query, const Tensor &key, co
 // Sums over the queries of a head that several shares have parts of: the first share's are where they belong, the others' beside
 // it, to be added.
 struct Sums {
-  Sums(const std::vector<std::vector<Piece>> &shares, int64_t heads, int64_t rows, int64_t width, const at::TensorOptions &options)
-      : total(at::zeros({heads, rows, width}, options)) {
+  Sums(const Shares &shares, int64_t heads, int64_t rows, int64_t width, const at::TensorOptions &options) : total(at::zeros({heads, rows, width}, options)) {
     int64_t further = 0;
     for (const auto &pieces : shares) {
       places.emplace_back();
@@ -176,52 +167,81 @@ struct Sums {
   std::vector<int64_t> added;
 };
 
+// By queries, keys and values, as far as they are wanted.
+variable_list gradients(const Kernel &kernel, const variable_list &saved, const Tensor &of_output, double scale, int64_t threads, const bool (&wanted)[3]) {
+  const Tensor &query = saved[0], &key = saved[1], &value = saved[2], &output = saved[3], &log_sums = saved[4];
+  const Shape shape = shape_of(kernel, query, key, scale);
+  const int64_t heads = query.size(0) * query.size(1), rows = kernel.key_rows(shape);
+  const Tensor keys = panels(kernel, shape, key), values = panels(kernel, shape, value), key_rows = padded(key, shape.padded);
+  const Shares shares = shares_of(threads, kernel.tile, heads, shape.queries), none;
+  const int64_t floats = kernel.scratch_floats(shape);
+  const Tensor memory = at::empty({static_cast<int64_t>(shares.size()), floats}, keys.options());
+  const Tensor of_query = wanted[0] ? like(query) : Tensor();
+  Sums of_key(wanted[1] ? shares : none, wanted[1] ? heads : 0, rows, shape.padded, keys.options());
+  Sums of_value(wanted[2] ? shares : none, wanted[2] ? heads : 0, rows, shape.padded, keys.options());
+  // Without a gradient by queries the last is not looked at.
+  const Heads q(query), o(output), g(of_output), k(key_rows), dq(wanted[0] ? of_query : query);
+  const float *k_panels = keys.data_ptr<float>(), *v_panels = values.data_ptr<float>(), *sums = log_sums.data_ptr<float>();
+  float *scratch = memory.data_ptr<float>();
+  each_in_parallel(shares.size(), [&](int64_t share) {
+    for (size_t index = 0; index < shares[share].size(); index++) {
+      const Piece &piece = shares[share][index];
+      const int64_t head = piece.head;
+      const Backward pass{q.rows(head), o.rows(head), g.rows(head), sums + head * shape.queries, k_panels + head * keys.size(1),
+                          v_panels + head * values.size(1), k.rows(head), wanted[0] ? dq.head(head) : nullptr, dq.of_token,
+                          wanted[1] ? of_key.of(share, index) : nullptr, wanted[2] ? of_value.of(share, index) : nullptr};
+      kernel.backward(shape, pass, piece.span, scratch + share * floats);
+    }
+  });
+  of_key.add_up();
+  of_value.add_up();
+  return {of_query, wanted[1] ? of_key.gradient(key) : Tensor(), wanted[2] ? of_value.gradient(value) : Tensor()};
+}
+
+// A gradient that has none itself, and says so to who asks.
+struct Last : torch::autograd::Function<Last> {
+  static Tensor forward(AutogradContext *, const Tensor &gradient, const Tensor &, const Tensor &, const Tensor &, const Tensor &) { return gradient.clone(); }
+
+  static variable_list backward(AutogradContext *, variable_list) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "attention: its gradients have no gradients, as libtorch's fused kernels' have none; where they are wanted, have a hook compute it by matmul and softmax");
+  }
+};
+
 struct Attention : torch::autograd::Function<Attention> {
-  static Tensor forward(AutogradContext *context, const Tensor &query, const Tensor &key, const Tensor &value, double scale, int64_t lanes) {
-    auto [output, log_sums] = ::forward(known_kernel_of(lanes), query, key, value, scale);
+  static Tensor forward(AutogradContext *context, const Tensor &query, const Tensor &key, const Tensor &value, double scale, int64_t lanes, int64_t threads) {
+    auto [output, log_sums] = attend(kernel_of(lanes), query, key, value, scale, threads);
     context->save_for_backward({query, key, value, output, log_sums});
     context->saved_data["scale"] = scale;
     context->saved_data["lanes"] = lanes;
+    context->saved_data["threads"] = threads;
     return output;
   }
 
-  static torch::autograd::variable_list backward(AutogradContext *context, torch::autograd::variable_list gradients) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "attention: gradients of gradients are not there; build without the feature fused-attention");
-    const Kernel &kernel = known_kernel_of(context->saved_data["lanes"].toInt());
-    const auto saved = context->get_saved_variables();
-    const Tensor &query = saved[0], &key = saved[1], &value = saved[2], &output = saved[3], &log_sums = saved[4];
-    const bool by_query = context->needs_input_grad(0), by_key = context->needs_input_grad(1), by_value = context->needs_input_grad(2);
-    const Shape shape = shape_of(kernel, query, key, context->saved_data["scale"].toDouble());
-    const int64_t heads = query.size(0) * query.size(1), rows = kernel.key_rows(shape);
-    const Tensor of_output = by_rows(gradients[0]);
-    const Tensor keys = panels(kernel, shape, key), values = panels(kernel, shape, value);
-    const Tensor key_rows = padded(key, shape.padded);
-    const auto all = shares(kernel.tile, heads, shape.queries);
-    const int64_t floats = kernel.scratch_floats(shape);
-    const Tensor memory = at::empty({static_cast<int64_t>(all.size()), floats}, keys.options());
-    const Tensor of_query = by_query ? like(query) : Tensor();
-    const std::vector<std::vector<Piece>> none;
-    Sums of_key(by_key ? all : none, by_key ? heads : 0, rows, shape.padded, keys.options());
-    Sums of_value(by_value ? all : none, by_value ? heads : 0, rows, shape.padded, keys.options());
-    // Without a gradient by queries the last is not looked at.
-    const Heads q(query), o(output), g(of_output), k(key_rows), dq(by_query ? of_query : query);
-    const float *k_panels = keys.data_ptr<float>(), *v_panels = values.data_ptr<float>(), *sums = log_sums.data_ptr<float>();
-    float *scratch = memory.data_ptr<float>();
-    each_in_parallel(all.size(), [&](int64_t share) {
-      for (size_t index = 0; index < all[share].size(); index++) {
-        const Piece &piece = all[share][index];
-        const int64_t head = piece.head;
-        const fused::Backward pass{q.rows(head), o.rows(head), g.rows(head), sums + head * shape.queries, k_panels + head * keys.size(1),
-                                   v_panels + head * values.size(1), k.rows(head), by_query ? dq.head(head) : nullptr, dq.of_token,
-                                   by_key ? of_key.of(share, index) : nullptr, by_value ? of_value.of(share, index) : nullptr};
-        kernel.backward(shape, pass, piece.span, scratch + share * floats);
-      }
-    });
-    of_key.add_up();
-    of_value.add_up();
-    return {of_query, by_key ? of_key.gradient(key) : Tensor(), by_value ? of_value.gradient(value) : Tensor(), Tensor(), Tensor()};
+  static variable_list backward(AutogradContext *context, variable_list of_outputs) {
+    auto &data = context->saved_data;
+    const variable_list saved = context->get_saved_variables();
+    const bool wanted[3] = {context->needs_input_grad(0), context->needs_input_grad(1), context->needs_input_grad(2)};
+    variable_list found;
+    {
+      at::NoGradGuard no_graph;
+      found = gradients(kernel_of(data["lanes"].toInt()), saved, by_rows(of_outputs[0]), data["scale"].toDouble(), data["threads"].toInt(), wanted);
+    }
+    for (Tensor &gradient : found) {
+      if (gradient.defined() && at::GradMode::is_enabled()) gradient = Last::apply(gradient, saved[0], saved[1], saved[2], of_outputs[0]);
+    }
+    found.resize(6); // Numbers have none.
+    return found;
   }
 };
+
+// What kernels that know only addresses rely on.
+void check(const Tensor &query, const Tensor &key, const Tensor &value) {
+  for (const Tensor *x : {&query, &key, &value}) {
+    TORCH_CHECK(x->dim() == 4 && x->layout() == at::kStrided && x->device().is_cpu() && x->scalar_type() == at::kFloat, "attention: f32 of four dimensions on the CPU, not ", x->toString(), x->sizes());
+    TORCH_CHECK(x->numel() > 0 && x->size(0) == query.size(0) && x->size(1) == query.size(1) && x->size(3) == query.size(3), "attention: queries of ", query.sizes(), " for keys or values of ", x->sizes());
+  }
+  TORCH_CHECK(key.size(2) == value.size(2), "attention: ", key.size(2), " keys for ", value.size(2), " values");
+}
 
 char no_memory[] = "not enough memory for an error's message";
 
@@ -231,16 +251,20 @@ char *message(const char *text) noexcept {
 }
 
 } // namespace
+} // namespace attention_distillation_fused
 
 extern "C" {
 
-// Whether this processor can work with vectors of so many floats.
-bool fused_attention_can(int64_t lanes) { return kernel_of(lanes) != nullptr; }
-
-// Tensors of f32 on the CPU, (pictures, heads, tokens, width), where only the tokens of the queries may differ from the others'.
-char *fused_attention(const Tensor *query, const Tensor *key, const Tensor *value, double scale, int64_t lanes, Tensor **output) noexcept {
+// Tensors of f32 on the CPU, (pictures, heads, tokens, width), where only the tokens of the queries may differ from the others'; the
+// processor must have what vectors of so many lanes want. Null, or what went wrong, to be freed by the other function.
+char *attention_distillation_attend(const at::Tensor *query, const at::Tensor *key, const at::Tensor *value, double scale, int64_t lanes, int64_t threads,
+                                    at::Tensor **output) noexcept {
+  using namespace attention_distillation_fused;
   try {
-    *output = new Tensor(Attention::apply(by_rows(*query), by_rows(*key), by_rows(*value), scale, lanes));
+    check(*query, *key, *value);
+    // A module that is being traced would remember nothing of kernels.
+    *output = new Tensor(at::tracer::impl::is_dispatch_enabled() ? at::scaled_dot_product_attention(*query, *key, *value, {}, 0.0, false, scale)
+                                                                 : Attention::apply(by_rows(*query), by_rows(*key), by_rows(*value), scale, lanes, threads));
     return nullptr;
   } catch (const std::exception &error) {
     return message(error.what());
@@ -249,8 +273,8 @@ char *fused_attention(const Tensor *query, const Tensor *key, const Tensor *valu
   }
 }
 
-void fused_attention_free_error(char *error) {
-  if (error != no_memory) free(error);
+void attention_distillation_free_error(char *error) {
+  if (error != attention_distillation_fused::no_memory) free(error);
 }
 
 } // extern "C"
