@@ -35,7 +35,7 @@ fn compile(libtorch: Option<&str>, library: &Path) -> Result<(), String> {
     let abi = cxx11_abi();
     let compiler = cc::Build::new().cpp(true).pic(true).warnings(false).opt_level(2).debug(false).try_get_compiler();
     let mut command = compiler.map_err(|error| format!("no C++ compiler: {error}"))?.to_command();
-    command.args(["-std=c++17", "-shared", "-fvisibility-inlines-hidden", &format!("-D_GLIBCXX_USE_CXX11_ABI={abi}")]);
+    command.args(["-std=c++17", "-shared", "-fvisibility-inlines-hidden", &format!("-D_GLIBCXX_USE_CXX11_ABI={abi}"), "-DGLOG_USE_GLOG_EXPORT"]);
     // Their warnings are not ours.
     includes.iter().chain([&cuda]).for_each(|folder| {
         command.arg("-isystem").arg(folder);

@@ -14,13 +14,18 @@ const KERNELS: [(&str, &str, &[&str]); 2] = [
 
 /// Where they cannot be made (another processor or compiler) the crate is built without, and attention is libtorch's.
 pub fn build(libtorch: &Path) {
-    println!("cargo:rerun-if-changed={FOLDER}");
+    for source in ["kernel.h", "kernel.cpp", "operator.cpp"] {
+        println!("cargo:rerun-if-changed={FOLDER}/{source}");
+    }
     if std::env::var("CARGO_CFG_TARGET_ARCH").as_deref() != Ok("x86_64") {
         return;
     }
     match compile(libtorch) {
         Ok(()) => println!("cargo:rustc-cfg=fused_attention"),
-        Err(error) => println!("cargo:warning=feature fused-attention: built without, attention on the CPU will be slower: {error}"),
+        Err(error) => println!(
+            "cargo:warning=feature fused-attention: built without, attention on the CPU will be slower; once that is mended, \
+             `cargo clean -p attention_distillation` and build again: {error}"
+        ),
     }
 }
 
@@ -40,6 +45,8 @@ fn compile(libtorch: &Path) -> Result<(), String> {
     }
     let mut operator = common();
     operator.opt_level(2).define("_GLIBCXX_USE_CXX11_ABI", cxx11_abi().as_str());
+    // As torch-sys does: a libtorch with glog wants it.
+    operator.define("GLOG_USE_GLOG_EXPORT", None);
     for folder in torch_includes(libtorch) {
         // Their warnings are not ours.
         operator.flag("-isystem").flag(folder);

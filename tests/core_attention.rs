@@ -19,6 +19,15 @@ fn all(inputs: &[Tensor; 3], attend: impl Fn(&[Tensor; 3]) -> Tensor) -> Vec<Ten
     std::iter::once(output.detach()).chain(Tensor::run_backward(&[sum], &leaves, false, false)).collect()
 }
 
+/// Whether this crate's kernels were built, and serve here.
+fn ours() -> bool {
+    #[cfg(fused_attention)]
+    let ours = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    #[cfg(not(fused_attention))]
+    let ours = false;
+    ours
+}
+
 #[test]
 fn threads_share_out_heads_and_queries() {
     // More heads than threads and fewer, queries that no number of threads divides, keys of none.
@@ -37,7 +46,9 @@ fn threads_share_out_heads_and_queries() {
         let one = by(1);
         for threads in [1, 2, 3, 5, 7] {
             let found = by(threads);
-            assert!(found[0].equal(&one[0]), "the output does not depend on who computes it");
+            // To the last bit by this crate's kernels; libtorch, where it attends, promises less.
+            let same = if ours() { found[0].equal(&one[0]) } else { found[0].allclose(&one[0], 1e-5, 1e-6, false) };
+            assert!(same, "the output depends on who computes it");
             for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 let error = (found.to_kind(Kind::Double) - expected).norm().double_value(&[]) / expected.norm().double_value(&[]);
                 // f32, whose sums over keys and queries are each some 1e-6 off.

@@ -125,9 +125,9 @@ Outcome attend(const Kernel &kernel, const Tensor &query, const Tensor &key, con
 }
 
 // Sums over the queries of a head that several shares have parts of: the first share's are where they belong, the others' beside
-// it, to be added.
+// it, to be added. Each share begins with zeros of its own making.
 struct Sums {
-  Sums(const Shares &shares, int64_t heads, int64_t rows, int64_t width, const at::TensorOptions &options) : total(at::zeros({heads, rows, width}, options)) {
+  Sums(const Shares &shares, int64_t heads, int64_t rows, int64_t width, const at::TensorOptions &options) : total(at::empty({heads, rows, width}, options)) {
     int64_t further = 0;
     for (const auto &pieces : shares) {
       places.emplace_back();
@@ -140,17 +140,30 @@ struct Sums {
         }
       }
     }
-    beside = at::zeros({further, rows, width}, options);
+    beside = at::empty({further, rows, width}, options);
   }
 
-  float *of(int64_t share, size_t piece) const {
+  float *begin(int64_t share, size_t piece) const {
     const Place place = places[share][piece];
     const Tensor &in = place.first ? total : beside;
-    return in.data_ptr<float>() + place.index * in.stride(0);
+    float *to = in.data_ptr<float>() + place.index * in.stride(0);
+    std::fill_n(to, in.stride(0), 0.f);
+    return to;
   }
 
+  // In the order of the shares, whoever does it.
   void add_up() {
-    for (size_t index = 0; index < added.size(); index++) total[added[index]].add_(beside[index]);
+    if (added.empty()) return;
+    const int64_t rows = total.size(1), width = total.size(2);
+    float *to = total.data_ptr<float>();
+    const float *from = beside.data_ptr<float>();
+    each_in_parallel(rows, [&](int64_t row) {
+      for (size_t index = 0; index < added.size(); index++) {
+        float *sum = to + (added[index] * rows + row) * width;
+        const float *part = from + (index * rows + row) * width;
+        for (int64_t at = 0; at < width; at++) sum[at] += part[at];
+      }
+    });
   }
 
   // (pictures, heads, tokens, width), without the rows and columns that were there for the kernel.
@@ -189,7 +202,7 @@ variable_list gradients(const Kernel &kernel, const variable_list &saved, const 
       const int64_t head = piece.head;
       const Backward pass{q.rows(head), o.rows(head), g.rows(head), sums + head * shape.queries, k_panels + head * keys.size(1),
                           v_panels + head * values.size(1), k.rows(head), wanted[0] ? dq.head(head) : nullptr, dq.of_token,
-                          wanted[1] ? of_key.of(share, index) : nullptr, wanted[2] ? of_value.of(share, index) : nullptr};
+                          wanted[1] ? of_key.begin(share, index) : nullptr, wanted[2] ? of_value.begin(share, index) : nullptr};
       kernel.backward(shape, pass, piece.span, scratch + share * floats);
     }
   });

@@ -108,6 +108,11 @@ fn only_what_is_wanted_gets_a_gradient() {
             let output = kernel.attend(&one[0], &one[1], &one[2], 0.2, 3).unwrap();
             let gradient = Tensor::run_backward(&[(&output * weight(&output)).sum(Kind::Float)], &[&one[wanted]], false, false).remove(0);
             assert!(gradient.equal(&every[wanted + 1]), "{kernel:?} {wanted}");
+            // Of three that could have one, one that is asked for.
+            let leaves = [0, 1, 2].map(|i: usize| qkv[i].detach().set_requires_grad(true));
+            let output = kernel.attend(&leaves[0], &leaves[1], &leaves[2], 0.2, 3).unwrap();
+            let gradient = Tensor::run_backward(&[(&output * weight(&output)).sum(Kind::Float)], &[&leaves[wanted]], false, false).remove(0);
+            assert!(gradient.equal(&every[wanted + 1]), "{kernel:?} {wanted}");
         }
     }
 }
