@@ -47,6 +47,12 @@ for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv):
     part.requires_grad_(False)
 
 
+def unit_kernels(kernels):
+    """Each without its mean, channel by channel, so that flat places excite nothing, and of length 1."""
+    kernels = kernels - kernels.mean((2, 3), keepdim=True)
+    return kernels / kernels.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
 class RandomFeatures(torch.nn.Module):
     """A network of random weights: distances between its features tell textures apart that pixels' distances blur."""
 
@@ -55,9 +61,8 @@ class RandomFeatures(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.kernels = torch.nn.ParameterList()
         for outputs, inputs in ((24, 3), (48, 24)):
-            kernel = torch.randn(outputs, inputs, 3, 3, generator=generator)
-            kernel -= kernel.mean((2, 3), keepdim=True)  # flat places excite nothing
-            self.kernels.append(torch.nn.Parameter(kernel / kernel.flatten(1).norm(dim=1).view(-1, 1, 1, 1), requires_grad=False))
+            kernels = unit_kernels(torch.randn(outputs, inputs, 3, 3, generator=generator))
+            self.kernels.append(torch.nn.Parameter(kernels, requires_grad=False))
 
     def forward(self, x):
         found = []
@@ -77,9 +82,7 @@ def patch_distance(x, y, generator, directions=32):
     found = 0
     for scale in (1, 2):
         a, b = (F.avg_pool2d(picture, scale) for picture in (x, y))
-        kernels = torch.randn(directions, 3, 5, 5, device=x.device, generator=generator)
-        kernels = kernels - kernels.mean((2, 3), keepdim=True)
-        kernels = kernels / kernels.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        kernels = unit_kernels(torch.randn(directions, 3, 5, 5, device=x.device, generator=generator))
         a, b = (F.conv2d(picture, kernels).flatten(2).sort(dim=2).values for picture in (a, b))
         found = found + (a - b).abs().mean()
     return found
