@@ -1,4 +1,4 @@
-//! `softmax(Q K^T * scale) V` on x86-64 CPUs by kernels of this crate, with AVX-512 or AVX2; in C++, as tch has no way to tell
+//! `softmax(Q K^T * scale + bias) V` on x86-64 CPUs by kernels of this crate, with AVX-512 or AVX2; in C++, as tch has no way to tell
 //! libtorch an operator's gradients.
 //!
 //! libtorch's own kernel multiplies small matrices by MKL, which on AMD's processors leaves half of AVX-512 unused. Whether these are
@@ -15,18 +15,27 @@ use tch::{Device, Kind, Tensor};
 const FEWEST: i64 = 128;
 const WIDEST: i64 = 256;
 
-/// `None` where the kernels do not know the case, or this processor not the kernels. Without a mask.
-pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: Option<f64>) -> Option<Result<Tensor>> {
+/// `None` where the kernels do not know the case, or this processor not the kernels.
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, scale: Option<f64>) -> Option<Result<Tensor>> {
     let kernel = Kernel::best()?;
     let [of_query, of_key, of_value] = [q, k, v].map(|x| <[i64; 4]>::try_from(x.size()).ok());
     let ([pictures, heads, queries, width], [_, _, keys, _]) = (of_query?, of_key?);
     let fits = of_key == of_value && of_key == Some([pictures, heads, keys, width]) && pictures > 0 && heads > 0;
     let large = queries >= FEWEST && keys >= FEWEST && (1..=WIDEST).contains(&width);
-    let plain = [q, k, v].iter().all(|x| x.device() == Device::Cpu && x.f_kind().is_ok_and(|kind| kind == Kind::Float) && !x.is_sparse());
+    let plain = |x: &Tensor| x.device() == Device::Cpu && x.f_kind().is_ok_and(|kind| kind == Kind::Float) && !x.is_sparse();
+    let added = bias.is_none_or(|bias| plain(bias) && may_be_added(bias, [pictures, heads, queries, keys], &[q, k, v]));
     let scale = scale.unwrap_or_else(|| 1.0 / (width as f64).sqrt());
     // Others turn the order of scores, or make the sums of the kernels' powers of two meaningless.
     let usual = scale.is_finite() && (scale as f32).is_normal() && scale > 0.0;
-    (fits && large && plain && usual).then(|| kernel.attend(q, k, v, scale, i64::from(tch::get_num_threads())))
+    (fits && large && added && usual && [q, k, v].into_iter().all(plain))
+        .then(|| kernel.attend(q, k, v, bias, scale, i64::from(tch::get_num_threads())))
+}
+
+/// A number for each score, the same for several as may be, where nobody may come for gradients.
+fn may_be_added(bias: &Tensor, scores: [i64; 4], qkv: &[&Tensor]) -> bool {
+    let fits = |(side, (own, all)): (usize, (i64, i64))| own == all || own == 1 && side < 3;
+    let alike = <[i64; 4]>::try_from(bias.size()).is_ok_and(|own| own.into_iter().zip(scores).enumerate().all(fits));
+    alike && ![&[bias], qkv].concat().iter().any(|x| x.requires_grad())
 }
 
 #[cfg(test)]
@@ -41,20 +50,27 @@ mod tests {
             return;
         }
         let [q, k, v] = layer((1, 2, 128, 130, 16), 1.0);
-        assert!(attend(&q, &k, &v, None).is_some());
+        assert!(attend(&q, &k, &v, None, None).is_some());
         let narrow = v.narrow(3, 0, 8);
         let double = [&q, &k, &v].map(|x| x.to_kind(Kind::Double));
-        assert!(attend(&q.narrow(2, 0, 127), &k, &v, None).is_none());
-        assert!(attend(&q, &k.narrow(2, 0, 127), &v.narrow(2, 0, 127), None).is_none());
-        assert!(attend(&q, &k, &narrow, None).is_none());
-        assert!(attend(&q, &k, &v.narrow(2, 0, 129), None).is_none());
-        assert!(attend(&q, &k.narrow(1, 0, 1), &v.narrow(1, 0, 1), None).is_none());
-        assert!(attend(&double[0], &double[1], &double[2], None).is_none());
+        assert!(attend(&q.narrow(2, 0, 127), &k, &v, None, None).is_none());
+        assert!(attend(&q, &k.narrow(2, 0, 127), &v.narrow(2, 0, 127), None, None).is_none());
+        assert!(attend(&q, &k, &narrow, None, None).is_none());
+        assert!(attend(&q, &k, &v.narrow(2, 0, 129), None, None).is_none());
+        assert!(attend(&q, &k.narrow(1, 0, 1), &v.narrow(1, 0, 1), None, None).is_none());
+        assert!(attend(&double[0], &double[1], &double[2], None, None).is_none());
         for scale in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40] {
-            assert!(attend(&q, &k, &v, Some(scale)).is_none());
+            assert!(attend(&q, &k, &v, None, Some(scale)).is_none());
         }
+        let bias = Tensor::zeros([1, 1, 128, 130], (Kind::Float, Device::Cpu));
+        assert!(attend(&q, &k, &v, Some(&bias), None).is_some() && attend(&q, &k, &v, Some(&bias.narrow(2, 0, 1)), None).is_some());
+        for bias in [bias.narrow(3, 0, 1), bias.narrow(2, 0, 64), bias.squeeze(), bias.to_kind(Kind::Double), bias.to_kind(Kind::Bool)] {
+            assert!(attend(&q, &k, &v, Some(&bias), None).is_none(), "{bias:?}");
+        }
+        assert!(attend(&q.detach().set_requires_grad(true), &k, &v, Some(&bias), None).is_none());
+        assert!(attend(&q, &k, &v, Some(&bias.set_requires_grad(true)), None).is_none());
         let wide = Tensor::zeros([1, 1, 128, 257], (Kind::Float, Device::Cpu));
-        assert!(attend(&wide, &wide, &wide, None).is_none());
+        assert!(attend(&wide, &wide, &wide, None, None).is_none());
     }
 
     #[test]
@@ -63,7 +79,7 @@ mod tests {
             return;
         }
         let [q, k, v] = layer((1, 1, 128, 130, 36), 1.0);
-        let found = attend(&q, &k, &v, None).unwrap().unwrap();
-        assert!(found.equal(&attend(&q, &k, &v, Some(1.0 / 6.0)).unwrap().unwrap()));
+        let found = attend(&q, &k, &v, None, None).unwrap().unwrap();
+        assert!(found.equal(&attend(&q, &k, &v, None, Some(1.0 / 6.0)).unwrap().unwrap()));
     }
 }

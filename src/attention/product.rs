@@ -14,7 +14,7 @@ pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Optio
         return Ok(v.f_expand([batch, heads, queries, values], false)?);
     }
     #[cfg(fused_attention)]
-    if let Some(output) = mask.is_none().then(|| super::fused::attend(q, k, v, scale)).flatten() {
+    if let Some(output) = super::fused::attend(q, k, v, mask, scale) {
         return output;
     }
     let followed = [q, k, v].iter().any(|x| x.requires_grad());

@@ -29,6 +29,7 @@ constexpr int PARTS = LANES == 16 ? 2 : 4;
 constexpr int TILE = PARTS * SCORES;
 // Tiles that see a block of keys before the next block comes from a cache further off.
 constexpr int64_t GROUP = 4;
+constexpr float LOG2_E = 1.44269504f;
 static_assert(BLOCK % PANEL == 0 && PANEL % OF_KEYS == 0 && TILE % OF_QUERIES == 0, "what is left over is nowhere looked after");
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -184,12 +185,21 @@ int64_t scratch_floats(const Shape &shape) {
 
 // Weights of a tile's queries for a block of keys, and what they make of the values, so far.
 struct Softmax {
+  int64_t queries;    // that are there
+  Rows bias;          // (queries, keys), from the block's first key on
   const float *query; // (PARTS, width, SCORES), scaled
   float *weights;     // (TILE, BLOCK)
   float *output;      // (TILE, padded)
   float *most;        // (TILE): the largest score
   float *sums;        // (TILE, LANES): of the weights, added up at the end
 };
+
+// scores += bias * log2(e)
+INLINE void add_bias(const float *bias, int64_t count, float *scores) {
+  int64_t key = 0;
+  for (; key + LANES <= count; key += LANES) store(scores + key, load(bias + key) * LOG2_E + load(scores + key));
+  for (; key < count; key++) scores[key] += bias[key] * LOG2_E;
+}
 
 void weigh(const Shape &shape, const Softmax &tile, const float *keys, int64_t count) {
   for (int part = 0; part < PARTS; part++) {
@@ -204,6 +214,7 @@ void weigh(const Shape &shape, const Softmax &tile, const float *keys, int64_t c
       }
     }
     for (int row = first; row < first + SCORES; row++) {
+      if (tile.bias.data && row < tile.queries) add_bias(tile.bias.row(row), count, tile.weights + row * BLOCK);
       // Keys that are not there have the least score there can be.
       for (int64_t key = count; key < up_to_whole(count, PANEL); key++) tile.weights[row * BLOCK + key] = -__builtin_inff();
       Vector most = each(tile.most[row]);
@@ -238,7 +249,6 @@ void weigh(const Shape &shape, const Softmax &tile, const float *keys, int64_t c
 }
 
 void forward(const Shape &shape, const Forward &pass, Span span, float *memory) {
-  constexpr float LOG2_E = 1.44269504f;
   const int64_t width = shape.width, padded = shape.padded;
   Scratch scratch{memory};
   float *weights = scratch.take(TILE * BLOCK), *query = scratch.take(GROUP * TILE * width), *output = scratch.take(GROUP * TILE * padded);
@@ -255,7 +265,8 @@ void forward(const Shape &shape, const Forward &pass, Span span, float *memory) 
     for (int64_t key = 0; key < shape.keys; key += BLOCK) {
       const int64_t count = least(BLOCK, shape.keys - key);
       for (int64_t first = 0; first < tiles * TILE; first += TILE) {
-        const Softmax tile{query + first * width, weights, output + first * padded, most + first, sums + first * LANES};
+        const Rows bias{pass.bias.data ? pass.bias.row(group + first) + key : nullptr, pass.bias.stride};
+        const Softmax tile{rows - first, bias, query + first * width, weights, output + first * padded, most + first, sums + first * LANES};
         weigh(shape, tile, pass.keys + key * width, count);
         const Rows values{pass.values.row(key), pass.values.stride};
         add_product<OF_QUERIES>({weights, BLOCK, 1}, TILE, values, count, padded, tile.output);
@@ -305,7 +316,6 @@ void slopes(const Shape &shape, const Slopes &tile, const float *keys, const flo
 }
 
 void backward(const Shape &shape, const Backward &pass, Span span, float *memory) {
-  constexpr float LOG2_E = 1.44269504f;
   const int64_t width = shape.width, padded = shape.padded, all = GROUP * TILE;
   Scratch scratch{memory};
   float *weights = scratch.take(TILE * BLOCK), *of_scores = scratch.take(TILE * BLOCK);

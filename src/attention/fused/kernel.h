@@ -35,6 +35,7 @@ struct Forward {
   Rows query;
   const float *keys;  // in panels, see `Kernel::panels`
   Rows values;        // `padded` wide
+  Rows bias;          // (queries, keys), added to the scores; without data: none
   float *output;      // (queries, width)
   int64_t output_stride;
   float *log_sums;    // (queries): base 2, of the sums that the softmax divides by

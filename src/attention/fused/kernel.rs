@@ -11,6 +11,7 @@ extern "C" {
         query: *const c_void,
         key: *const c_void,
         value: *const c_void,
+        bias: *const c_void,
         scale: f64,
         lanes: i64,
         threads: i64,
@@ -46,18 +47,18 @@ impl Kernel {
         })
     }
 
-    /// By as many shares of the work as there are threads.
+    /// By as many shares of the work as there are threads. With a bias on the scores there are no gradients.
     ///
     /// # Errors
-    /// [`Error::Torch`]: shapes or kinds that it does not know, no memory.
+    /// [`Error::Torch`]: shapes or kinds that it does not know, gradients with a bias, no memory.
     #[allow(unsafe_code)]
-    pub(super) fn attend(self, q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, threads: i64) -> Result<Tensor> {
+    pub(super) fn attend(self, q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, scale: f64, threads: i64) -> Result<Tensor> {
         let mut output: *mut c_void = std::ptr::null_mut();
-        // SAFETY: three tensors that live as long as this call, whose kinds and shapes it checks; what it keeps of them for the gradients
-        // it counts as libtorch does. The processor has the instructions, or there would be no `self`. It throws nothing.
-        let error = unsafe {
-            attention_distillation_attend(q.as_ptr().cast(), k.as_ptr().cast(), v.as_ptr().cast(), scale, self.lanes, threads, &mut output)
-        };
+        let [query, key, value] = [q, k, v].map(|x| x.as_ptr().cast::<c_void>());
+        let bias = bias.map_or(std::ptr::null(), |x| x.as_ptr().cast::<c_void>());
+        // SAFETY: tensors that live as long as this call, whose kinds and shapes it checks, or for the bias null; what it keeps of them for
+        // the gradients it counts as libtorch does. The processor has the instructions, or there would be no `self`. It throws nothing.
+        let error = unsafe { attention_distillation_attend(query, key, value, bias, scale, self.lanes, threads, &mut output) };
         if error.is_null() {
             // SAFETY: without an error it is a tensor on the heap, which is handed over.
             return Ok(unsafe { Tensor::from_ptr(output.cast()) });
@@ -140,7 +141,7 @@ pub(super) mod tests {
                 let qkv = layer(shape, spread);
                 let scale = 0.4;
                 let expected = all(&doubled(&qkv), |[q, k, v]| exact(q, k, v, scale));
-                let found = all(&qkv, |[q, k, v]| kernel.attend(q, k, v, scale, shares).unwrap());
+                let found = all(&qkv, |[q, k, v]| kernel.attend(q, k, v, None, scale, shares).unwrap());
                 for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                     assert_eq!(found.size(), expected.size());
                     // Gradients by scores are differences, which vanish where there is one key.
@@ -155,11 +156,62 @@ pub(super) mod tests {
         }
     }
 
+    /// Of any four numbers of pictures, heads, queries and keys, from -3 to 3 and here and there as small as can be.
+    fn bias_of(size: [i64; 4]) -> Tensor {
+        let at = Tensor::arange(size.iter().product::<i64>(), (Kind::Double, Device::Cpu));
+        let bias = (at.square() * 0.0113).sin() * 3.0;
+        bias.masked_fill(&at.remainder(7.0).eq(3.0), f64::NEG_INFINITY).to_kind(Kind::Float).view(size)
+    }
+
+    #[test]
+    fn biased_outputs_are_those_of_f64() {
+        for kernel in Kernel::all() {
+            for (shape, shares) in SHAPES.into_iter().zip([1, 2, 3, 5, 7].into_iter().cycle()) {
+                let (pictures, heads, queries, keys, _) = shape;
+                let qkv = layer(shape, 1.0);
+                let [q, k, v] = &qkv;
+                let [exact_q, exact_k, exact_v] = doubled(&qkv);
+                for size in [[pictures, heads, queries, keys], [1, 1, queries, keys], [pictures, 1, 1, keys], [1, heads, queries, keys]] {
+                    // One query may have no key but one that is forbidden, which is a question of its own.
+                    let bias = if keys == 1 { bias_of(size).clamp_min(-3.0) } else { bias_of(size) };
+                    let scores = exact_q.matmul(&exact_k.transpose(-2, -1)) * 0.4 + bias.to_kind(Kind::Double);
+                    let expected = scores.softmax(-1, Kind::Double).matmul(&exact_v);
+                    let found = kernel.attend(q, k, v, Some(&bias), 0.4, shares).unwrap();
+                    assert!(error(&found, &expected) < 2e-5, "{kernel:?} {shape:?} {size:?}: {}", error(&found, &expected));
+                    // Wherever its numbers lie in memory, and however many others compute.
+                    let elsewhere = bias.transpose(2, 3).contiguous().transpose(2, 3);
+                    assert!(kernel.attend(q, k, v, Some(&elsewhere), 0.4, 1).unwrap().equal(&found));
+                }
+                let none = bias_of([1, 1, queries, keys]) * 0.0;
+                let none = none.nan_to_num(0.0, None, None);
+                assert!(kernel.attend(q, k, v, Some(&none), 0.4, 1).unwrap().equal(&kernel.attend(q, k, v, None, 0.4, 1).unwrap()));
+            }
+        }
+    }
+
+    /// As a region does whose label the other picture has in a corner only.
+    #[test]
+    fn forbidden_keys_weigh_nothing() {
+        for kernel in Kernel::all() {
+            let [q, k, v] = layer((1, 2, 200, 400, 24), 1.0);
+            // Whole blocks of keys, at either end.
+            for (from, keys) in [(0, 3), (37, 100), (256, 144), (399, 1)] {
+                let bias = Tensor::full([1, 1, 200, 400], f64::NEG_INFINITY, (Kind::Float, Device::Cpu));
+                let _ = bias.narrow(3, from, keys).fill_(0.5);
+                let found = kernel.attend(&q, &k, &v, Some(&bias), 0.2, 1).unwrap();
+                let expected = kernel.attend(&q, &k.narrow(2, from, keys), &v.narrow(2, from, keys), None, 0.2, 1).unwrap();
+                assert!(error(&found, &expected.to_kind(Kind::Double)) < 1e-6, "{kernel:?} {from}");
+            }
+            let nothing = Tensor::full([1, 1, 1, 400], f64::NEG_INFINITY, (Kind::Float, Device::Cpu));
+            assert!(kernel.attend(&q, &k, &v, Some(&nothing), 0.2, 1).unwrap().isnan().all().int64_value(&[]) == 1);
+        }
+    }
+
     #[test]
     fn rows_do_not_depend_on_others() {
         for kernel in Kernel::all() {
             let [q, k, v] = layer((1, 1, 512, 300, 48), 1.0);
-            let attend = |q: &Tensor, k: &Tensor, v: &Tensor, shares| kernel.attend(q, k, v, 0.2, shares).unwrap();
+            let attend = |q: &Tensor, k: &Tensor, v: &Tensor, shares| kernel.attend(q, k, v, None, 0.2, shares).unwrap();
             let whole = attend(&q, &k, &v, 1);
             assert!((2..9).all(|shares| attend(&q, &k, &v, shares).equal(&whole)));
             assert!(whole.narrow(2, 37, 200).equal(&attend(&q.narrow(2, 37, 200), &k, &v, 1)));
@@ -176,15 +228,15 @@ pub(super) mod tests {
     fn only_what_is_wanted_gets_a_gradient() {
         for kernel in Kernel::all() {
             let qkv = layer((1, 2, 140, 150, 40), 1.0);
-            let every = all(&qkv, |[q, k, v]| kernel.attend(q, k, v, 0.2, 3).unwrap());
+            let every = all(&qkv, |[q, k, v]| kernel.attend(q, k, v, None, 0.2, 3).unwrap());
             for wanted in 0..3 {
                 let one = [0, 1, 2].map(|i: usize| qkv[i].detach().set_requires_grad(i == wanted));
-                let output = kernel.attend(&one[0], &one[1], &one[2], 0.2, 3).unwrap();
+                let output = kernel.attend(&one[0], &one[1], &one[2], None, 0.2, 3).unwrap();
                 let gradient = Tensor::run_backward(&[(&output * weight(&output)).sum(Kind::Float)], &[&one[wanted]], false, false).remove(0);
                 assert!(gradient.equal(&every[wanted + 1]), "{kernel:?} {wanted}");
                 // Of three that could have one, one that is asked for.
                 let leaves = [0, 1, 2].map(|i: usize| qkv[i].detach().set_requires_grad(true));
-                let output = kernel.attend(&leaves[0], &leaves[1], &leaves[2], 0.2, 3).unwrap();
+                let output = kernel.attend(&leaves[0], &leaves[1], &leaves[2], None, 0.2, 3).unwrap();
                 let gradient = Tensor::run_backward(&[(&output * weight(&output)).sum(Kind::Float)], &[&leaves[wanted]], false, false).remove(0);
                 assert!(gradient.equal(&every[wanted + 1]), "{kernel:?} {wanted}");
             }
@@ -194,7 +246,7 @@ pub(super) mod tests {
     #[test]
     fn any_layout_will_do() {
         for kernel in Kernel::all() {
-            let attend = |[q, k, v]: &[Tensor; 3]| kernel.attend(q, k, v, 0.2, 2).unwrap();
+            let attend = |[q, k, v]: &[Tensor; 3]| kernel.attend(q, k, v, None, 0.2, 2).unwrap();
             let qkv = layer((2, 3, 150, 140, 24), 1.0);
             let expected = all(&qkv, attend);
             let close = |found: &[Tensor]| found.iter().zip(&expected).all(|(found, expected)| error(found, &expected.to_kind(Kind::Double)) < 1e-6);
@@ -217,11 +269,12 @@ pub(super) mod tests {
                 Tensor::run_backward(&[output.sum(q.kind())], &leaves, false, false)
             };
             let expected = sums(&doubled(&shared), &|q, k, v| exact(q, k, v, 0.2));
-            let found = sums(&shared, &|q, k, v| kernel.attend(q, k, v, 0.2, 2).unwrap());
+            let found = sums(&shared, &|q, k, v| kernel.attend(q, k, v, None, 0.2, 2).unwrap());
             assert!(found.iter().zip(&expected).all(|(found, expected)| error(found, expected) < 2e-5));
             let leaf = qkv[2].detach().set_requires_grad(true);
             let gradient =
-                Tensor::run_backward(&[kernel.attend(&qkv[0], &qkv[1], &leaf, 0.2, 2).unwrap().sum(Kind::Float)], &[&leaf], false, false).remove(0);
+                Tensor::run_backward(&[kernel.attend(&qkv[0], &qkv[1], &leaf, None, 0.2, 2).unwrap().sum(Kind::Float)], &[&leaf], false, false)
+                    .remove(0);
             // Weights of a query add up to 1.
             assert!((gradient.sum(Kind::Double).double_value(&[]) / (2.0 * 3.0 * 150.0 * 24.0) - 1.0).abs() < 1e-6);
         }
@@ -233,7 +286,7 @@ pub(super) mod tests {
         for bits in [0x7fc0_0000_u32, 0xffc0_0000, 0x7fff_ffff, 0xffff_ffff, 0x7fc0_0001, 0x7f80_0001] {
             let nan = Tensor::from_slice(&[f32::from_bits(bits)]);
             for kernel in Kernel::all() {
-                let attend = |q: &Tensor, k: &Tensor, v: &Tensor| kernel.attend(q, k, v, 0.2, 1).unwrap();
+                let attend = |q: &Tensor, k: &Tensor, v: &Tensor| kernel.attend(q, k, v, None, 0.2, 1).unwrap();
                 let [q, k, v] = layer((1, 1, 200, 300, 24), 1.0);
                 let (expected, followed) = (attend(&q, &k, &v), q.detach().set_requires_grad(true));
                 let broken = |x: &Tensor, token: i64| {
@@ -263,11 +316,11 @@ pub(super) mod tests {
             // The first block of keys and a part of the next.
             let k = Tensor::zeros([1, 1, 300, 16], (Kind::Float, Device::Cpu));
             let _ = k.narrow(2, 0, 140).narrow(3, 0, 1).fill_(f64::NEG_INFINITY);
-            let output = kernel.attend(&q, &k, &v, 0.25, 1).unwrap();
+            let output = kernel.attend(&q, &k, &v, None, 0.25, 1).unwrap();
             let expected = v.narrow(2, 140, 160).mean_dim(2, true, Kind::Double).expand([1, 1, 130, 16], false);
             assert!(error(&output, &expected) < 1e-5, "{kernel:?}");
             let _ = k.narrow(3, 0, 1).fill_(f64::NEG_INFINITY);
-            assert!(kernel.attend(&q, &k, &v, 0.25, 1).unwrap().isnan().all().int64_value(&[]) == 1);
+            assert!(kernel.attend(&q, &k, &v, None, 0.25, 1).unwrap().isnan().all().int64_value(&[]) == 1);
         }
     }
 
@@ -275,7 +328,7 @@ pub(super) mod tests {
     fn graphs_are_as_of_libtorchs_attention() {
         for kernel in Kernel::all() {
             let [q, k, v] = layer((1, 1, 128, 128, 16), 1.0);
-            let attend = |q: &Tensor| kernel.attend(q, &k, &v, 0.2, 1).unwrap();
+            let attend = |q: &Tensor| kernel.attend(q, &k, &v, None, 0.2, 1).unwrap();
             // The output may be written to; with a graph behind it not without the backward pass being refused.
             let factor = Tensor::from(2.0_f32).set_requires_grad(true);
             let _ = attend(&q).f_mul_(&factor).unwrap();
@@ -308,11 +361,11 @@ pub(super) mod tests {
         let Some(kernel) = Kernel::best() else { return };
         let [q, k, v] = layer((1, 1, 130, 140, 16), 1.0);
         let inputs = [&q, &k, &v].map(Tensor::shallow_clone);
-        let mut attend = |inputs: &[Tensor]| vec![kernel.attend(&inputs[0], &inputs[1], &inputs[2], 0.2, 1).unwrap()];
+        let mut attend = |inputs: &[Tensor]| vec![kernel.attend(&inputs[0], &inputs[1], &inputs[2], None, 0.2, 1).unwrap()];
         let module = tch::CModule::create_by_tracing("attention", "forward", &inputs, &mut attend).unwrap();
         let others = [q.flip([2]), k * 0.5, v * 2.0];
         let found = module.method_ts("forward", &others).unwrap();
-        assert!(found.allclose(&kernel.attend(&others[0], &others[1], &others[2], 0.2, 1).unwrap(), 1e-5, 1e-6, false));
+        assert!(found.allclose(&kernel.attend(&others[0], &others[1], &others[2], None, 0.2, 1).unwrap(), 1e-5, 1e-6, false));
     }
 
     #[test]
@@ -326,9 +379,17 @@ pub(super) mod tests {
                 (&q.squeeze(), &k, &v),
                 (&q.to_kind(Kind::Double), &k, &v),
             ] {
-                assert!(matches!(kernel.attend(q, k, v, 0.2, 1), Err(Error::Torch(_))));
+                assert!(matches!(kernel.attend(q, k, v, None, 0.2, 1), Err(Error::Torch(_))));
             }
-            assert!(Kernel { lanes: 3 }.attend(&q, &k, &v, 0.2, 1).is_err());
+            assert!(Kernel { lanes: 3 }.attend(&q, &k, &v, None, 0.2, 1).is_err());
+            let bias = Tensor::zeros([1, 1, 128, 130], (Kind::Float, Device::Cpu));
+            let refused = |q: &Tensor, bias: &Tensor| matches!(kernel.attend(q, &k, &v, Some(bias), 0.2, 1), Err(Error::Torch(_)));
+            assert!(!refused(&q, &bias));
+            for bias in [bias.narrow(3, 0, 1), bias.narrow(2, 0, 5), bias.squeeze(), bias.to_kind(Kind::Double)] {
+                assert!(refused(&q, &bias), "{:?}", bias.size());
+            }
+            // Gradients that nobody would get.
+            assert!(refused(&q.detach().set_requires_grad(true), &bias) && refused(&q, &bias.set_requires_grad(true)));
         }
     }
 }

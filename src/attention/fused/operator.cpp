@@ -11,6 +11,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <optional>
+#include <utility>
 #include <vector>
 
 namespace attention_distillation_fused {
@@ -27,11 +29,13 @@ const Kernel &kernel_of(int64_t lanes) {
 
 // Heads of all pictures, (pictures, heads, tokens, width), of any strides but the width's.
 struct Heads {
+  // None, of which there are rows without data.
+  Heads() : data(nullptr), heads(0), of_picture(0), of_head(0), of_token(0) {}
   explicit Heads(const Tensor &tensor)
       : data(tensor.data_ptr<float>()), heads(tensor.size(1)), of_picture(tensor.stride(0)), of_head(tensor.stride(1)), of_token(tensor.stride(2)) {}
 
   float *head(int64_t index) const { return data + index / heads * of_picture + index % heads * of_head; }
-  Rows rows(int64_t index) const { return {head(index), of_token}; }
+  Rows rows(int64_t index) const { return {data ? head(index) : nullptr, of_token}; }
 
   float *data;
   int64_t heads, of_picture, of_head, of_token;
@@ -103,7 +107,7 @@ struct Outcome {
   Tensor log_sums;
 };
 
-Outcome attend(const Kernel &kernel, const Tensor &query, const Tensor &key, const Tensor &value, double scale, int64_t threads) {
+Outcome attend(const Kernel &kernel, const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &bias, double scale, int64_t threads) {
   const Shape shape = shape_of(kernel, query, key, scale);
   const int64_t heads = query.size(0) * query.size(1);
   const Tensor keys = panels(kernel, shape, key), values = padded(value, shape.padded);
@@ -111,13 +115,13 @@ Outcome attend(const Kernel &kernel, const Tensor &query, const Tensor &key, con
   const Shares shares = shares_of(threads, kernel.tile, heads, shape.queries);
   const int64_t floats = kernel.scratch_floats(shape);
   const Tensor memory = at::empty({static_cast<int64_t>(shares.size()), floats}, keys.options());
-  const Heads q(query), v(values), o(outcome.output);
+  const Heads q(query), v(values), b = bias.defined() ? Heads(bias) : Heads(), o(outcome.output);
   const float *k = keys.data_ptr<float>();
   float *log_sums = outcome.log_sums.data_ptr<float>(), *scratch = memory.data_ptr<float>();
   each_in_parallel(shares.size(), [&](int64_t share) {
     for (const Piece &piece : shares[share]) {
-      const Forward pass{q.rows(piece.head), k + piece.head * keys.size(1), v.rows(piece.head), o.head(piece.head), o.of_token,
-                         log_sums + piece.head * shape.queries};
+      const Forward pass{q.rows(piece.head), k + piece.head * keys.size(1), v.rows(piece.head), b.rows(piece.head), o.head(piece.head),
+                         o.of_token, log_sums + piece.head * shape.queries};
       kernel.forward(shape, pass, piece.span, scratch + share * floats);
     }
   });
@@ -222,7 +226,7 @@ struct Last : torch::autograd::Function<Last> {
 
 struct Attention : torch::autograd::Function<Attention> {
   static Tensor forward(AutogradContext *context, const Tensor &query, const Tensor &key, const Tensor &value, double scale, int64_t lanes, int64_t threads) {
-    auto [output, log_sums] = attend(kernel_of(lanes), query, key, value, scale, threads);
+    auto [output, log_sums] = attend(kernel_of(lanes), query, key, value, {}, scale, threads);
     context->save_for_backward({query, key, value, output, log_sums});
     context->saved_data["scale"] = scale;
     context->saved_data["lanes"] = lanes;
@@ -256,6 +260,18 @@ void check(const Tensor &query, const Tensor &key, const Tensor &value) {
   TORCH_CHECK(key.size(2) == value.size(2), "attention: ", key.size(2), " keys for ", value.size(2), " values");
 }
 
+// With a bias there are no gradients, as nobody has asked for any yet.
+Tensor attend_with_bias(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &bias, double scale, int64_t lanes, int64_t threads) {
+  const int64_t of_scores[] = {query.size(0), query.size(1), query.size(2), key.size(2)};
+  bool fits = bias.dim() == 4 && bias.layout() == at::kStrided && bias.device().is_cpu() && bias.scalar_type() == at::kFloat && bias.size(3) == of_scores[3];
+  for (int64_t side = 0; fits && side < 3; side++) fits = bias.size(side) == of_scores[side] || bias.size(side) == 1;
+  TORCH_CHECK(fits, "attention: a bias of f32 on the CPU, of a number for each score, not ", bias.toString(), bias.sizes());
+  bool followed = false;
+  for (const Tensor *x : {&query, &key, &value, &bias}) followed = followed || x->requires_grad();
+  TORCH_CHECK(!(followed && at::GradMode::is_enabled()), "attention: no gradients with a bias");
+  return attend(kernel_of(lanes), by_rows(query), by_rows(key), by_rows(value), by_rows(bias).expand(of_scores), scale, threads).output;
+}
+
 char no_memory[] = "not enough memory for an error's message";
 
 char *message(const char *text) noexcept {
@@ -269,15 +285,23 @@ char *message(const char *text) noexcept {
 extern "C" {
 
 // Tensors of f32 on the CPU, (pictures, heads, tokens, width), where only the tokens of the queries may differ from the others'; the
-// processor must have what vectors of so many lanes want. Null, or what went wrong, to be freed by the other function.
-char *attention_distillation_attend(const at::Tensor *query, const at::Tensor *key, const at::Tensor *value, double scale, int64_t lanes, int64_t threads,
-                                    at::Tensor **output) noexcept {
+// processor must have what vectors of so many lanes want. A bias on the scores or null: 1 or as many pictures, heads and queries as the
+// scores are of, all keys; without gradients. Null, or what went wrong, to be freed by the other function.
+char *attention_distillation_attend(const at::Tensor *query, const at::Tensor *key, const at::Tensor *value, const at::Tensor *bias, double scale,
+                                    int64_t lanes, int64_t threads, at::Tensor **output) noexcept {
   using namespace attention_distillation_fused;
   try {
     check(*query, *key, *value);
-    // A module that is being traced would remember nothing of kernels.
-    *output = new Tensor(at::tracer::impl::is_dispatch_enabled() ? at::scaled_dot_product_attention(*query, *key, *value, {}, 0.0, false, scale)
-                                                                 : Attention::apply(by_rows(*query), by_rows(*key), by_rows(*value), scale, lanes, threads));
+    Tensor attended;
+    if (at::tracer::impl::is_dispatch_enabled()) {
+      // A module that is being traced would remember nothing of kernels.
+      attended = at::scaled_dot_product_attention(*query, *key, *value, bias ? std::optional<Tensor>(*bias) : std::nullopt, 0.0, false, scale);
+    } else if (bias) {
+      attended = attend_with_bias(*query, *key, *value, *bias, scale, lanes, threads);
+    } else {
+      attended = Attention::apply(by_rows(*query), by_rows(*key), by_rows(*value), scale, lanes, threads);
+    }
+    *output = new Tensor(std::move(attended));
     return nullptr;
   } catch (const std::exception &error) {
     return message(error.what());
