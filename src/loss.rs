@@ -66,9 +66,7 @@ impl AdLoss {
     /// What the layer would put out if the picture were made of the styles.
     fn ideal(&self, i: usize, layer: &LayerFeatures, references: &References<Features>, bias: Option<&mut Bias<'_>>) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        // Detached as well: what is added to scores is fast where nobody could come for gradients, which cannot be told of the guard.
-        let query = layer.query.f_detach()?;
-        let query = if self.sharpness == 1.0 { query } else { query.times(self.sharpness)? };
+        let query = if self.sharpness == 1.0 { layer.query.shallow_clone() } else { layer.query.times(self.sharpness)? };
         let key = joined(i, &query, references, |style| &style.key)?;
         let value = joined(i, &query, references, |style| &style.value)?;
         let bias = bias.map(|bias| bias.of(i, layer)).transpose()?;

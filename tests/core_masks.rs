@@ -13,6 +13,9 @@ use toy::{assert_same, assert_same_run, difference, extractor, features, latents
 /// f32 sums in another order.
 const ROUNDING: f64 = 1e-5;
 
+/// Times as high and wide: as libtorch computes it, and of as many tokens as `fused-attention` wants on a CPU.
+const SIZES: [i64; 2] = [1, 3];
+
 fn toy() -> Toy {
     tch::set_num_threads(1);
     Toy::new(Kind::Float)
@@ -100,13 +103,16 @@ fn equal_weights_are_none() {
 
 #[test]
 fn twice_the_weight_is_listed_twice() {
-    let (toy, z) = (toy(), latents(1, 6, 8));
-    let weighted = of([style(2, 8, 8).with_weight(2.0), style(3, 4, 6)]);
-    close(&toy, &z, &weighted, &of([style(2, 8, 8), style(3, 4, 6), style(2, 8, 8)]), ROUNDING);
-    differ(&toy, &z, &weighted, &of([style(2, 8, 8), style(3, 4, 6)]));
-    // Also in another order, for two pictures and with another sharpness.
-    let pictures = Tensor::cat(&[latents(1, 6, 8), latents(4, 6, 8)], 0);
-    close(&toy, &pictures, &of([style(3, 4, 6), style(2, 8, 8).with_weight(2.0)]), &of([style(2, 8, 8), style(3, 4, 6), style(2, 8, 8)]), ROUNDING);
+    let toy = toy();
+    for times in SIZES {
+        let (z, first, second) = (latents(1, 6 * times, 8 * times), || style(2, 8 * times, 8 * times), || style(3, 4 * times, 6 * times));
+        let weighted = of([first().with_weight(2.0), second()]);
+        close(&toy, &z, &weighted, &of([first(), second(), first()]), ROUNDING);
+        differ(&toy, &z, &weighted, &of([first(), second()]));
+        // Also in another order, for two pictures and with another sharpness.
+        let pictures = Tensor::cat(&[z, latents(4, 6 * times, 8 * times)], 0);
+        close(&toy, &pictures, &of([second(), first().with_weight(2.0)]), &of([first(), second(), first()]), ROUNDING);
+    }
 }
 
 #[test]
@@ -130,8 +136,7 @@ fn a_style_of_no_weight_is_left_out() {
 
 #[test]
 fn the_loss_is_that_of_the_equation() {
-    // As libtorch computes it, and of as many tokens as `fused-attention` wants on a CPU.
-    for times in [1, 2] {
+    for times in SIZES {
         the_loss_is_that_of_the_equation_at(times);
     }
 }
@@ -166,15 +171,23 @@ fn the_loss_is_that_of_the_equation_at(times: i64) {
 
 #[test]
 fn soft_maps_are_those_of_the_equation() {
+    for times in SIZES {
+        soft_maps_are_those_of_the_equation_at(times);
+    }
+}
+
+#[track_caller]
+fn soft_maps_are_those_of_the_equation_at(times: i64) {
     let toy = toy();
-    let (z, theirs) = (latents(1, 4, 6), latents(2, 3, 5));
+    let [ours, theirs] = [(4, 6), (3, 5)].map(|(h, w)| (times * h, times * w));
+    let (z, style) = (latents(1, ours.0, ours.1), latents(2, theirs.0, theirs.1));
     let soft = |seed, areas, h, w| (noise(seed, &[1, areas, h, w]) * 2.0).softmax(1, None::<Kind>);
     let (ours_map, their_map) = (soft(5, 3, 17, 24), soft(6, 2, 9, 20));
     let matches = [(0, 0, 1.0), (1, 1, 0.5), (2, 0, 0.25), (2, 1, 2.0)];
     let table = Tensor::from_slice(&[1.0_f64, 0.0, 0.0, 0.5, 0.25, 2.0]).view([3, 2]);
-    let shares = |map: &Tensor, h, w| map.to_kind(Kind::Double).adaptive_avg_pool2d([h, w]).flatten(2, -1).squeeze_dim(0);
-    let c = shares(&ours_map, 4, 6).transpose(0, 1).matmul(&table).matmul(&shares(&their_map, 3, 5)) + 1e-6;
-    let (picture, style) = (features(&toy, &z), features(&toy, &theirs));
+    let shares = |map: &Tensor, (h, w): (i64, i64)| map.to_kind(Kind::Double).adaptive_avg_pool2d([h, w]).flatten(2, -1).squeeze_dim(0);
+    let c = shares(&ours_map, ours).transpose(0, 1).matmul(&table).matmul(&shares(&their_map, theirs)) + 1e-6;
+    let (picture, style) = (features(&toy, &z), features(&toy, &style));
     let made = Style::new(style.shallow_clone()).with_labels(LabelMap::soft(&their_map).unwrap()).with_matches(matches);
     let references = References::styles([made]).with_labels(LabelMap::soft(&ours_map).unwrap());
     let (found, expected) = (number(&AdLoss::default().evaluate(&picture, &references).unwrap()), by_hand(&picture, &[&style], &c));
@@ -295,11 +308,19 @@ fn many_tokens_with_nothing_to_see_for_long() {
 
 #[test]
 fn a_batch_of_maps() {
+    for times in SIZES {
+        a_batch_of_maps_at(times);
+    }
+}
+
+#[track_caller]
+fn a_batch_of_maps_at(times: i64) {
     let toy = toy();
-    let pictures = [latents(1, 6, 8), latents(2, 6, 8)];
+    let [ours, style_of] = [(6 * times, 8 * times), (4 * times, 6 * times)];
+    let pictures = [latents(1, ours.0, ours.1), latents(2, ours.0, ours.1)];
     let maps = [stripes(&[1, 2], 6, 8), stripes(&[2, 1, 2], 6, 8)];
     let theirs = || map(&[2, 1], 4, 6);
-    let references = |labels: &Tensor| of([style(3, 4, 6).with_labels(theirs())]).with_labels(LabelMap::new(labels).unwrap());
+    let references = |labels: &Tensor| of([style(3, style_of.0, style_of.1).with_labels(theirs())]).with_labels(LabelMap::new(labels).unwrap());
     let (value, gradient) = loss(&toy, &Tensor::cat(&pictures, 0), &references(&Tensor::cat(&maps, 0))).unwrap();
     let alone: Vec<_> = pictures.iter().zip(&maps).map(|(z, labels)| loss(&toy, z, &references(labels)).unwrap()).collect();
     assert!((number(&value) - (number(&alone[0].0) + number(&alone[1].0)) / 2.0).abs() < 1e-5 * number(&value));
@@ -307,7 +328,7 @@ fn a_batch_of_maps() {
         assert!(relative(&(gradient.narrow(0, i, 1) * 2.0), alone) < 1e-4);
     }
     // A style for each picture, each with a map, and soft as well.
-    let both = Tensor::cat(&[latents(3, 4, 6), latents(4, 4, 6)], 0);
+    let both = Tensor::cat(&[latents(3, style_of.0, style_of.1), latents(4, style_of.0, style_of.1)], 0);
     for soft in [false, true] {
         let map = |tensors: &[&Tensor]| {
             let labels = Tensor::cat(tensors, 0);
@@ -325,7 +346,8 @@ fn a_batch_of_maps() {
             assert!(relative(&(gradient.narrow(0, i as i64, 1) * 2.0), &alone) < 1e-4, "picture {i}, soft: {soft}");
         }
     }
-    let three = References::style(latents(3, 4, 6)).with_labels(LabelMap::new(&Tensor::cat(&[&maps[0], &maps[1], &maps[0]], 0)).unwrap());
+    let three =
+        References::style(latents(3, style_of.0, style_of.1)).with_labels(LabelMap::new(&Tensor::cat(&[&maps[0], &maps[1], &maps[0]], 0)).unwrap());
     let mut three = three;
     three.styles[0].labels = Some(theirs());
     assert!(matches!(loss(&toy, &Tensor::cat(&pictures, 0), &three), Err(Error::Argument { argument: "labels", .. })));

@@ -3,7 +3,7 @@
 //!
 //! libtorch's own kernel multiplies small matrices by MKL, which on AMD's processors leaves half of AVX-512 unused. Whether these are
 //! faster on Intel's was not measured. Among calls of this module a row of the output is the same to the last bit however many other
-//! queries, threads or graphs there are.
+//! queries, threads or graphs there are; with a bias there are none with graphs, which are libtorch's.
 
 mod kernel;
 
@@ -31,11 +31,11 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, 
         .then(|| kernel.attend(q, k, v, bias, scale, i64::from(tch::get_num_threads())))
 }
 
-/// A number for each score, the same for several as may be, where nobody may come for gradients.
+/// A number for each score, the same for several as may be, where nobody comes for gradients.
 fn may_be_added(bias: &Tensor, scores: [i64; 4], qkv: &[&Tensor]) -> bool {
     let fits = |(side, (own, all)): (usize, (i64, i64))| own == all || own == 1 && side < 3;
     let alike = <[i64; 4]>::try_from(bias.size()).is_ok_and(|own| own.into_iter().zip(scores).enumerate().all(fits));
-    alike && ![&[bias], qkv].concat().iter().any(|x| x.requires_grad())
+    alike && !(kernel::keeps_graphs() && [&[bias], qkv].concat().iter().any(|x| x.requires_grad()))
 }
 
 #[cfg(test)]
@@ -67,7 +67,10 @@ mod tests {
         for bias in [bias.narrow(3, 0, 1), bias.narrow(2, 0, 64), bias.squeeze(), bias.to_kind(Kind::Double), bias.to_kind(Kind::Bool)] {
             assert!(attend(&q, &k, &v, Some(&bias), None).is_none(), "{bias:?}");
         }
-        assert!(attend(&q.detach().set_requires_grad(true), &k, &v, Some(&bias), None).is_none());
+        let leaf = q.detach().set_requires_grad(true);
+        assert!(attend(&leaf, &k, &v, Some(&bias), None).is_none());
+        // As the ideal attention of a picture that is being optimised.
+        assert!(tch::no_grad(|| attend(&leaf, &k, &v, Some(&bias), None)).is_some());
         assert!(attend(&q, &k, &v, Some(&bias.set_requires_grad(true)), None).is_none());
         let wide = Tensor::zeros([1, 1, 128, 257], (Kind::Float, Device::Cpu));
         assert!(attend(&wide, &wide, &wide, None, None).is_none());

@@ -194,11 +194,22 @@ struct Softmax {
   float *sums;        // (TILE, LANES): of the weights, added up at the end
 };
 
-// scores += bias * log2(e)
+// bias * log2(e). What is finite stays so: the least number that there is is a usual way to forbid a key.
+INLINE Vector in_powers_of_two(Vector bias) {
+  const Vector most = each(3.40282347e38f);
+  const Vector x = larger(-most, bias * LOG2_E);
+  const Vector within = x > most ? most : x;
+  return ((bias < -most) | (bias > most)) ? bias : within;
+}
+
 INLINE void add_bias(const float *bias, int64_t count, float *scores) {
   int64_t key = 0;
-  for (; key + LANES <= count; key += LANES) store(scores + key, load(bias + key) * LOG2_E + load(scores + key));
-  for (; key < count; key++) scores[key] += bias[key] * LOG2_E;
+  for (; key + LANES <= count; key += LANES) store(scores + key, load(scores + key) + in_powers_of_two(load(bias + key)));
+  if (key == count) return;
+  Vector rest{};
+  for (int64_t lane = 0; key + lane < count; lane++) rest[lane] = bias[key + lane];
+  // Blocks are of whole vectors, and what is behind the last key is overwritten.
+  store(scores + key, load(scores + key) + in_powers_of_two(rest));
 }
 
 void weigh(const Shape &shape, const Softmax &tile, const float *keys, int64_t count) {
@@ -273,10 +284,13 @@ void forward(const Shape &shape, const Forward &pass, Span span, float *memory) 
       }
     }
     for (int64_t row = 0; row < rows; row++) {
-      const float total = sum(load(sums + row * LANES)), inverse = 1.f / total;
+      const float total = sum(load(sums + row * LANES));
+      // Where all scores are as small as can be nothing is attended to, as by libtorch.
+      const bool nothing = total == 0;
+      const float inverse = nothing ? 0.f : 1.f / total;
       float *to = pass.output + (group + row) * pass.output_stride;
       for (int64_t at = 0; at < width; at++) to[at] = output[row * padded + at] * inverse;
-      pass.log_sums[group + row] = most[row] + __builtin_log2f(total);
+      pass.log_sums[group + row] = nothing ? 0.f : most[row] + __builtin_log2f(total);
     }
   }
 }

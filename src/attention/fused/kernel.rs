@@ -17,7 +17,15 @@ extern "C" {
         threads: i64,
         output: *mut *mut c_void,
     ) -> *mut c_char;
+    fn attention_distillation_keeps_graphs() -> bool;
     fn attention_distillation_free_error(error: *mut c_char);
+}
+
+/// Whether a graph is kept of what is computed now, as it is but under `tch::no_grad`.
+#[allow(unsafe_code)]
+pub(super) fn keeps_graphs() -> bool {
+    // SAFETY: it reads a flag of this thread.
+    unsafe { attention_distillation_keeps_graphs() }
 }
 
 /// For one instruction set. There is none that this processor, or its system, lacks.
@@ -156,6 +164,9 @@ pub(super) mod tests {
         }
     }
 
+    /// What forbids a key: nothing does so more, what this crate's regions have, and what networks from Python have.
+    const NEVER: [f64; 3] = [f64::NEG_INFINITY, -3e4, f32::MIN as f64];
+
     /// Of any four numbers of pictures, heads, queries and keys, from -3 to 3 and here and there as small as can be.
     fn bias_of(size: [i64; 4]) -> Tensor {
         let at = Tensor::arange(size.iter().product::<i64>(), (Kind::Double, Device::Cpu));
@@ -179,31 +190,64 @@ pub(super) mod tests {
                     let found = kernel.attend(q, k, v, Some(&bias), 0.4, shares).unwrap();
                     assert!(error(&found, &expected) < 2e-5, "{kernel:?} {shape:?} {size:?}: {}", error(&found, &expected));
                     // Wherever its numbers lie in memory, and however many others compute.
-                    let elsewhere = bias.transpose(2, 3).contiguous().transpose(2, 3);
-                    assert!(kernel.attend(q, k, v, Some(&elsewhere), 0.4, 1).unwrap().equal(&found));
+                    let columns = bias.transpose(2, 3).contiguous().transpose(2, 3);
+                    let within = Tensor::full([size[0], size[1] + 1, size[2] + 2, keys + 5], f64::NAN, (Kind::Float, Device::Cpu));
+                    let within = within.narrow(1, 1, size[1]).narrow(2, 1, size[2]).narrow(3, 3, keys);
+                    within.shallow_clone().copy_(&bias);
+                    let expanded = bias.expand([pictures, heads, queries, keys], false);
+                    let negative = Tensor::complex(&bias.zeros_like(), &-&bias).conj().imag();
+                    assert!(negative.is_neg());
+                    for elsewhere in [columns, within, expanded, negative] {
+                        assert!(kernel.attend(q, k, v, Some(&elsewhere), 0.4, 1).unwrap().equal(&found));
+                    }
                 }
-                let none = bias_of([1, 1, queries, keys]) * 0.0;
-                let none = none.nan_to_num(0.0, None, None);
+                let none = Tensor::zeros([1, 1, queries, keys], (Kind::Float, Device::Cpu));
                 assert!(kernel.attend(q, k, v, Some(&none), 0.4, 1).unwrap().equal(&kernel.attend(q, k, v, None, 0.4, 1).unwrap()));
             }
         }
     }
 
-    /// As a region does whose label the other picture has in a corner only.
+    /// As the tokens of all labels but one.
     #[test]
     fn forbidden_keys_weigh_nothing() {
         for kernel in Kernel::all() {
             let [q, k, v] = layer((1, 2, 200, 400, 24), 1.0);
             // Whole blocks of keys, at either end.
-            for (from, keys) in [(0, 3), (37, 100), (256, 144), (399, 1)] {
-                let bias = Tensor::full([1, 1, 200, 400], f64::NEG_INFINITY, (Kind::Float, Device::Cpu));
+            for ((from, keys), never) in [(0, 3), (37, 100), (256, 144), (399, 1)].into_iter().zip(NEVER.into_iter().cycle()) {
+                let bias = Tensor::full([1, 1, 200, 400], never, (Kind::Float, Device::Cpu));
                 let _ = bias.narrow(3, from, keys).fill_(0.5);
                 let found = kernel.attend(&q, &k, &v, Some(&bias), 0.2, 1).unwrap();
                 let expected = kernel.attend(&q, &k.narrow(2, from, keys), &v.narrow(2, from, keys), None, 0.2, 1).unwrap();
                 assert!(error(&found, &expected.to_kind(Kind::Double)) < 1e-6, "{kernel:?} {from}");
             }
-            let nothing = Tensor::full([1, 1, 1, 400], f64::NEG_INFINITY, (Kind::Float, Device::Cpu));
-            assert!(kernel.attend(&q, &k, &v, Some(&nothing), 0.2, 1).unwrap().isnan().all().int64_value(&[]) == 1);
+            // Where nothing is left, or what is forbidden is so to a degree, it is for libtorch to say what that means.
+            for never in NEVER {
+                let bias = Tensor::full([1, 1, 200, 400], never, (Kind::Float, Device::Cpu));
+                let _ = bias.narrow(2, 50, 1).fill_(f64::from(f32::MAX));
+                let _ = bias.narrow(2, 60, 1).narrow(3, 7, 1).fill_(0.0);
+                let found = kernel.attend(&q, &k, &v, Some(&bias), 0.2, 1).unwrap();
+                let expected = Tensor::scaled_dot_product_attention(&q, &k, &v, Some(&bias), 0.0, false, 0.2, false);
+                assert!(found.isfinite().all().int64_value(&[]) == 1, "{kernel:?} {never}");
+                // -3e4 leaves of a score what 2^-9 does not hold.
+                assert!(error(&found, &expected.to_kind(Kind::Double)) < if never == -3e4 { 1e-2 } else { 1e-5 }, "{kernel:?} {never}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_in_a_bias_stays_in_its_row() {
+        for kernel in Kernel::all() {
+            let [q, k, v] = layer((1, 1, 200, 300, 24), 1.0);
+            let bias = bias_of([1, 1, 200, 300]);
+            let expected = kernel.attend(&q, &k, &v, Some(&bias), 0.2, 1).unwrap();
+            // In whole vectors and in what is left over of them.
+            for (key, value) in [(17, f64::NAN), (299, f64::NAN), (299, f64::INFINITY)] {
+                let broken = bias.copy();
+                let _ = broken.narrow(2, 70, 1).narrow(3, key, 1).fill_(value);
+                let found = kernel.attend(&q, &k, &v, Some(&broken), 0.2, 1).unwrap();
+                assert!(found.narrow(2, 70, 1).isnan().all().int64_value(&[]) == 1, "{kernel:?} {key} {value}");
+                assert!(found.narrow(2, 0, 70).equal(&expected.narrow(2, 0, 70)) && found.narrow(2, 71, 129).equal(&expected.narrow(2, 71, 129)));
+            }
         }
     }
 
@@ -319,8 +363,10 @@ pub(super) mod tests {
             let output = kernel.attend(&q, &k, &v, None, 0.25, 1).unwrap();
             let expected = v.narrow(2, 140, 160).mean_dim(2, true, Kind::Double).expand([1, 1, 130, 16], false);
             assert!(error(&output, &expected) < 1e-5, "{kernel:?}");
+            // Where all are, as libtorch.
             let _ = k.narrow(3, 0, 1).fill_(f64::NEG_INFINITY);
-            assert!(kernel.attend(&q, &k, &v, None, 0.25, 1).unwrap().isnan().all().int64_value(&[]) == 1);
+            let expected = Tensor::scaled_dot_product_attention(&q, &k, &v, None::<&Tensor>, 0.0, false, 0.25, false);
+            assert!(kernel.attend(&q, &k, &v, None, 0.25, 1).unwrap().equal(&expected), "{expected:?}");
         }
     }
 
@@ -366,6 +412,15 @@ pub(super) mod tests {
         let others = [q.flip([2]), k * 0.5, v * 2.0];
         let found = module.method_ts("forward", &others).unwrap();
         assert!(found.allclose(&kernel.attend(&others[0], &others[1], &others[2], None, 0.2, 1).unwrap(), 1e-5, 1e-6, false));
+        // And with a bias, which is one more of these.
+        let bias = bias_of([1, 1, 130, 140]);
+        let inputs = [&inputs[0], &inputs[1], &inputs[2], &bias].map(Tensor::shallow_clone);
+        let mut attend = |inputs: &[Tensor]| vec![kernel.attend(&inputs[0], &inputs[1], &inputs[2], Some(&inputs[3]), 0.2, 1).unwrap()];
+        let module = tch::CModule::create_by_tracing("attention", "forward", &inputs, &mut attend).unwrap();
+        let [q, k, v] = others;
+        let bias = bias.flip([3]);
+        let expected = kernel.attend(&q, &k, &v, Some(&bias), 0.2, 1).unwrap();
+        assert!(module.method_ts("forward", &[q, k, v, bias]).unwrap().allclose(&expected, 1e-5, 1e-6, false));
     }
 
     #[test]
@@ -389,7 +444,9 @@ pub(super) mod tests {
                 assert!(refused(&q, &bias), "{:?}", bias.size());
             }
             // Gradients that nobody would get.
-            assert!(refused(&q.detach().set_requires_grad(true), &bias) && refused(&q, &bias.set_requires_grad(true)));
+            let leaf = q.detach().set_requires_grad(true);
+            assert!(refused(&leaf, &bias) && !tch::no_grad(|| refused(&leaf, &bias)));
+            assert!(refused(&q, &bias.set_requires_grad(true)));
         }
     }
 }

@@ -260,7 +260,7 @@ void check(const Tensor &query, const Tensor &key, const Tensor &value) {
   TORCH_CHECK(key.size(2) == value.size(2), "attention: ", key.size(2), " keys for ", value.size(2), " values");
 }
 
-// With a bias there are no gradients, as nobody has asked for any yet.
+// With a bias there are no gradients: the method needs none.
 Tensor attend_with_bias(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &bias, double scale, int64_t lanes, int64_t threads) {
   const int64_t of_scores[] = {query.size(0), query.size(1), query.size(2), key.size(2)};
   bool fits = bias.dim() == 4 && bias.layout() == at::kStrided && bias.device().is_cpu() && bias.scalar_type() == at::kFloat && bias.size(3) == of_scores[3];
@@ -309,6 +309,9 @@ char *attention_distillation_attend(const at::Tensor *query, const at::Tensor *k
     return message("an exception of an unknown kind");
   }
 }
+
+// Whether who computes now may come for gradients.
+bool attention_distillation_keeps_graphs() noexcept { return at::GradMode::is_enabled(); }
 
 void attention_distillation_free_error(char *error) {
   if (error != attention_distillation_fused::no_memory) free(error);
