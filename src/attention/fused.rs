@@ -5,6 +5,7 @@
 //! faster on Intel's was not measured. Among calls of this module a row of the output is the same to the last bit however many other
 //! queries, threads or graphs there are; with a bias there are none with graphs, which are libtorch's.
 
+mod bias;
 mod kernel;
 
 use crate::Result;
@@ -23,19 +24,12 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, 
     let fits = of_key == of_value && of_key == Some([pictures, heads, keys, width]) && pictures > 0 && heads > 0;
     let large = queries >= FEWEST && keys >= FEWEST && (1..=WIDEST).contains(&width);
     let plain = |x: &Tensor| x.device() == Device::Cpu && x.f_kind().is_ok_and(|kind| kind == Kind::Float) && !x.is_sparse();
-    let added = bias.is_none_or(|bias| plain(bias) && may_be_added(bias, [pictures, heads, queries, keys], &[q, k, v]));
+    let added = bias.is_none_or(|bias| plain(bias) && bias::may_be_added(bias, [pictures, heads, queries, keys], &[q, k, v]));
     let scale = scale.unwrap_or_else(|| 1.0 / (width as f64).sqrt());
     // Others turn the order of scores, or make the sums of the kernels' powers of two meaningless.
     let usual = scale.is_finite() && (scale as f32).is_normal() && scale > 0.0;
     (fits && large && added && usual && [q, k, v].into_iter().all(plain))
         .then(|| kernel.attend(q, k, v, bias, scale, i64::from(tch::get_num_threads())))
-}
-
-/// A number for each score, the same for several as may be, where nobody comes for gradients.
-fn may_be_added(bias: &Tensor, scores: [i64; 4], qkv: &[&Tensor]) -> bool {
-    let fits = |(side, (own, all)): (usize, (i64, i64))| own == all || own == 1 && side < 3;
-    let alike = <[i64; 4]>::try_from(bias.size()).is_ok_and(|own| own.into_iter().zip(scores).enumerate().all(fits));
-    alike && !(kernel::keeps_graphs() && [&[bias], qkv].concat().iter().any(|x| x.requires_grad()))
 }
 
 #[cfg(test)]
