@@ -92,8 +92,8 @@
 //! # Features
 //! `stable-diffusion` (default): networks from diffusers folders. `fused-attention` (default): on x86-64 CPUs attention in f32 by kernels
 //! of this crate in C++, for AVX-512 or AVX2 as found at run time; by AVX-512 on an AMD EPYC some two and a half times as fast as libtorch's. They
-//! are for 128 queries and keys or more and heads of at most 256 numbers, with gradients or, as where styles have regions or weights, with a bias
-//! on the scores in f32, of four dimensions and a number for each key. All else is libtorch's, as is everything on other processors, on Windows, and where the compiler is neither GCC nor Clang
+//! are for 128 queries and keys or more and heads of at most 256 numbers; without a mask also with gradients, with one (f32, of four dimensions,
+//! a number for each key, as regions and weights of styles make it) only where none are kept. All else is libtorch's, as is everything on other processors, on Windows, and where the compiler is neither GCC nor Clang
 //! (`cargo build -vv` shows why they were not built). `hub`: such folders from the Hugging Face hub.
 //! `download-libtorch`: tch fetches libtorch while it builds. `doc-only`: type checks without libtorch.
 //! `cuda-graphs`: runs by CUDA graphs (module `cuda_graphs`).

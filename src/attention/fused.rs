@@ -3,7 +3,7 @@
 //!
 //! libtorch's own kernel multiplies small matrices by MKL, which on AMD's processors leaves half of AVX-512 unused. Whether these are
 //! faster on Intel's was not measured. Among calls of this module a row of the output is the same to the last bit however many other
-//! queries, threads or graphs there are; with a bias there are none with graphs, which are libtorch's.
+//! queries, threads or graphs there are. With a bias they are calls of it only where no graph is kept; else libtorch computes them.
 
 mod bias;
 mod kernel;

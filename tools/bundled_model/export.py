@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Puts a trained model together in f16, ready to ship.
 
-    python3 export.py --unet work/layout --output ../../assets/mini      # the U-Net trained on with --layout, and work/vae; without --unet work/unet
+    python3 export.py --unet work/layout --vae work/patches --output ../../assets/mini      # both as trained on; without these flags work/unet, work/vae
     python3 export.py --output ../../assets/mini --unet work/longer --vae ../../assets/mini/vae      # with another U-Net, and the decoder that is there
-    python3 export.py --random --output work/random   # the control: the same autoencoder, a U-Net of random weights
+    python3 export.py --random --vae work/patches --output work/random   # the control: the same autoencoder, a U-Net of random weights
 
 `attention_distillation.json`, the model's own settings, is kept where the folder has one; another gets those of the bundled model.
 """

@@ -3,7 +3,7 @@
 
     python3 train_vae.py --init               # work/vae_init: the linear code, enough for train_unet.py to begin
     python3 train_vae.py [--device cuda]      # work/vae: goes on where it was stopped
-    python3 train_vae.py --start work/vae --name longer --lr 5e-4 --steps 1600 --cooldown 1600     # a decoder that is there, trained on
+    python3 train_vae.py --start work/vae --name patches --patch-weight 0.5 --lr 5e-4 --steps 1000 --cooldown 1000     # a decoder that is there, trained on, here for fine detail
 
 The noise is what makes transferred pictures clean: Adam leaves a pattern in the latents that pictures do not have, and a decoder that saw
 noisy latents takes it for such. Two fifths of the pictures are nearly without, so that sharpness does not suffer more than need be.
