@@ -214,7 +214,7 @@ fn check_seams(comparison: &mut Comparison, seamless: Seamless, seams: [[f64; 2]
 
 /// Where copies of it meet, a texture changes as it does inside; the same texture with borders does not, nor one that is
 /// decoded as if it had any. Single lines differ a lot by chance, thus four pictures. Measured: 0.8 to 1.2
-/// times the average with borders that meet, 4.4 to 5.0 without, 1.4 to 1.6 where only the decoder has borders.
+/// times the average with borders that meet, 4.0 to 5.0 without, 1.3 to 1.6 where only the decoder has borders.
 #[test]
 fn a_texture_shows_no_seam() {
     let style = image::load(fixture("../../assets/pictures/style_harvest.png")).unwrap();
