@@ -7,6 +7,8 @@ CONTENT ?= assets/pictures/content_astronaut.png
 STYLE ?= assets/pictures/style_harvest.png
 CASES ?= bundled-256
 FEATURES ?=
+# Where cargo puts the examples.
+EXAMPLES = $(or $(CARGO_TARGET_DIR),target)/release/examples
 
 # `doc-only` does without libtorch, so nothing that is linked can be built with it; `download-libtorch` adds no code.
 FEATURE_SETS = "--no-default-features" "" "--features hub" "--features hub,cuda-graphs" "--no-default-features --features cuda-graphs" "--no-default-features --features fused-attention"
@@ -51,15 +53,15 @@ bench: libtorch ## the benchmarks
 
 gallery: libtorch ## the README's pictures, by the bundled model
 	$(CARGO) build --release --examples
-	tools/gallery.sh
+	tools/gallery.sh '$(EXAMPLES)'
 
 compare: libtorch ## the crate beside plain Python, CASES='NAME ..' COMPARE='--FLAG ..' FEATURES=NAME; PYTHON as for reference
 	$(CARGO) build --release --features '$(FEATURES)' --example style_transfer --example text_to_image --example texture_expansion
-	$(PYTHON) tools/reference/compare.py $(CASES) $(COMPARE)
+	$(PYTHON) tools/reference/compare.py $(CASES) --examples '$(EXAMPLES)' $(COMPARE)
 
-reference: ## whether diffusers loads what is saved; PYTHON needs the packages of tools/reference/requirements.txt
+reference: libtorch ## whether diffusers loads what is saved; PYTHON needs the packages of tools/reference/requirements.txt
 	$(CARGO) build --release --example finetune_vae
-	$(PYTHON) tools/reference/check_saved_vae.py target/release/examples/finetune_vae
+	$(PYTHON) tools/reference/check_saved_vae.py '$(EXAMPLES)/finetune_vae'
 
 fixtures: ## write tests/fixtures anew; PYTHON needs the packages of tools/reference/requirements.txt
 	$(PYTHON) tests/fixtures/make_fixtures.py

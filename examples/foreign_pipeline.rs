@@ -7,6 +7,7 @@ use attention_distillation::tch::{nn, nn::Module, Device, Kind, Tensor};
 use attention_distillation::{
     AdLoss, AttentionHook, AttentionSite, ContentLoss, Denoiser, Distiller, FeatureExtractor, Qkv, References, Result, TotalLoss,
 };
+use std::{fmt::Display, io::Write};
 
 const WIDTH: i64 = 64;
 const HEADS: i64 = 4;
@@ -71,9 +72,14 @@ fn main() -> Result<()> {
 
     while let Some(progress) = run.advance()? {
         if progress.step == 1 || progress.step % 10 == 0 {
-            println!("step {:2} of {}: loss {:.4}", progress.step, progress.steps, progress.loss()?.unwrap_or_default());
+            say(format_args!("step {:2} of {}: loss {:.4}", progress.step, progress.steps, progress.loss()?.unwrap_or_default()));
         }
     }
-    println!("{:?} are the latents to decode", run.latents.size());
+    say(format_args!("{:?} are the latents to decode", run.latents.size()));
     Ok(())
+}
+
+/// `println!` would panic where the reader has gone, as `head` does.
+fn say(line: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }

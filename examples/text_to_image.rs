@@ -51,6 +51,10 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     if shared.adain && styles.is_empty() {
         tracing::warn!("--adain is without effect here; give --style, whose statistics the latents would get");
     }
+    let of_descents = [("--iterations", shared.iterations.is_some()), ("--lr", shared.lr.is_some()), ("--layers", shared.layers.is_some())];
+    for (flag, _) in of_descents.iter().filter(|(_, given)| *given && styles.is_empty()) {
+        tracing::warn!("{flag} is without effect here; give --style, towards which each step would descend");
+    }
     let control = flags.control.load(shared)?;
 
     let mut model = common::open(shared)?;

@@ -48,7 +48,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     shared.over(Settings::texture_expansion())?;
     let windows = |size| Windows::new(size, flags.stride).with_batch(flags.view_batch).with_reference_per_batch(flags.reference_per_batch);
     // A window that only the model knows is looked at below; here at what no window would do for.
-    windows(flags.window.unwrap_or(flags.stride.max(1))).check()?;
+    windows(flags.window.unwrap_or(flags.stride.max(Windows::default().size))).check()?;
     let files = common::files(shared, 1);
     common::check_outputs(shared, &files)?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
@@ -65,7 +65,10 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     model.set_tiling(Tiling::Always(Tiles { size: tile, overlap: tile / 2 }))?;
     let settings = shared.over(model.settings(Settings::texture_expansion())?)?;
     // The canvas may be larger than what the network could take at once; a window may not.
-    let size = model.vae().fit(settings.size.unwrap_or((512, 512)))?;
+    let size = model.vae().fit(match (&regions, shared.size) {
+        (Some(regions), None) => regions.target.size()?,
+        _ => settings.size.unwrap_or((512, 512)),
+    })?;
     let factor = model.vae().factor();
     let side = windows.size.saturating_mul(factor);
     let window = model.fit((side.min(size.0), side.min(size.1)))?;

@@ -493,6 +493,9 @@ fn models() {
 fn outputs() {
     let place = place();
     fs::create_dir(place.path("folder.png")).unwrap();
+    fs::create_dir(place.path("folder")).unwrap();
+    // The sheet over the picture.
+    place.refused(&[&QUICK[..], &["--output", "same.png", "--sheet", "./same.png"]].concat(), &["same.png", "--sheet"]);
     for flag in ["--output", "--sheet"] {
         for (bad, word) in [
             ("no/such/folder/out.png", "does not exist"),
@@ -500,7 +503,8 @@ fn outputs() {
             ("out.webp", ".png or .jpg"),
             ("out", ".png or .jpg"),
             (".png", ".png or .jpg"),
-            ("folder.png", "folder"),
+            ("folder.png", "name a file in it"),
+            ("folder", "name a file in it"),
             ("style.png/out.png", "style.png"),
         ] {
             place.refused(&[&QUICK[..], &[flag, bad]].concat(), &[bad, word]);

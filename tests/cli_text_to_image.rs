@@ -64,8 +64,11 @@ fn writes_a_picture_and_prints_its_path() {
         assert!(stderr.lines().any(|line| line.starts_with(last)), "{stderr}");
         assert_eq!(size(&image::load(place.path(name)).unwrap()), (32, 32));
     }
-    let warning = warned(&place, &fixture("sd15"), &[&FOX[..], &["--adain"]].concat(), "adain.png");
-    assert!(warning.contains("--adain is without effect"), "{warning}");
+    // Each of the flags that say how to descend.
+    for flags in [&["--adain"][..], &["--iterations", "2"], &["--lr", "0.1"], &["--layers", "0..3"]] {
+        let warning = warned(&place, &fixture("sd15"), &[&FOX[..], flags].concat(), "warned.png");
+        assert!(warning.contains(&format!("{} is without effect", flags[0])), "{warning}");
+    }
     // The model's own size, and no prompt at all.
     assert_eq!(size(&place.draw(&["--steps", "1"], "square.png")), (64, 64));
 }

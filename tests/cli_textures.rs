@@ -350,7 +350,9 @@ fn expansions() {
         place.refused(&[&flags[..], &["--device", "cpu"]].concat(), &["8192x8192", "923521 windows", "GiB"]);
     }
     refuse(&["--window", "8", "--stride", "9"], &["stride", "9", "1..=8"]);
-    refuse(&["--window", "8", "--stride", "0"], &["stride", "0"]);
+    refuse(&["--window", "8", "--stride", "0"], &["stride", "0", "1..=8"]);
+    // Before the model is known, up to what is usual.
+    refuse(&["--stride", "0"], &["stride", "0", "1..=64"]);
     // The model's own window, which may be larger than what is usual.
     refuse(&["--stride", "96"], &["stride", "96", "1..=8"]);
     refuse(&["--window", "0", "--stride", "1"], &["window size", "0"]);
@@ -380,6 +382,11 @@ fn masks_in_an_expansion() {
     let with = |target: &'static str, name: &str| draw(&[&mask[..], &["--target-mask", target]].concat(), name);
     let [plain, ours, swapped] = [draw(&[], "plain.png"), with("red_blue.png", "ours.png"), with("blue_red.png", "swapped.png")];
     assert!(differ(&plain, &ours) > 0.0 && differ(&ours, &swapped) > 0.0 && differ(&plain, &swapped) > 0.0);
+    // The layout's own size, where no flag says another.
+    let windows = ["--steps", "1", "--style", "style.png", "--window", "8", "--stride", "4"];
+    image::save(&halves(RED, BLUE).repeat([1, 1, 1, 3]), place.path("wide.png")).unwrap();
+    let wide = place.draw(&[&windows[..], &mask, &["--target-mask", "wide.png"]].concat(), "of_wide.png");
+    assert_eq!(size(&wide), (32, 96));
     let flags = [&mask[..], &["--target-mask", "red_green.png"]].concat();
     place.refused(&[&EXPANSION[..], &flags].concat(), &["red_green.png", "#00ff00"]);
     assert!(differ(&draw(&[&flags[..], &["--allow-missing-labels"]].concat(), "allowed.png"), &ours) > 0.0);

@@ -21,7 +21,10 @@ export LD_LIBRARY_PATH OMP_WAIT_POLICY
 draw() {
     name=$1 example=$2
     shift 2
-    "$examples/$example" "$@" --output "$out/$name.png" --sheet "$root/docs/$name.png" >/dev/null 2>"$out/$name.log" || { cat "$out/$name.log" >&2; exit 1; }
+    "$examples/$example" "$@" --output "$out/$name.png" --sheet "$out/$name-sheet.png" >/dev/null 2>"$out/$name.log" || { cat "$out/$name.log" >&2; exit 1; }
+    # After Ctrl-C an example writes what there is.
+    if grep -q 'stopped after step' "$out/$name.log"; then exit 130; fi
+    mv "$out/$name-sheet.png" "$root/docs/$name.png"
 }
 
 # judge NAME FLAGS

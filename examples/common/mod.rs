@@ -60,10 +60,17 @@ pub fn show_warnings() {
         .init();
 }
 
-/// Before a long run: whether its outputs can be written at the end of it.
+/// Before a long run: whether its outputs can be written at the end of it, none of them over another.
 pub fn check_outputs(shared: &Shared, files: &[PathBuf]) -> Result<()> {
     files.iter().try_for_each(image::check_writable)?;
-    shared.sheet.as_ref().map_or(Ok(()), image::check_writable)
+    let Some(sheet) = &shared.sheet else { return Ok(()) };
+    image::check_writable(sheet)?;
+    let whole = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    if files.iter().any(|file| whole(file) == whole(sheet)) {
+        let reason = "is where the result itself goes; give --sheet a name of its own".into();
+        return Err(Error::Image { path: sheet.clone(), reason });
+    }
+    Ok(())
 }
 
 /// The files of so many pictures: the output itself, or NAME-0.png, NAME-1.png and so on.

@@ -58,7 +58,11 @@ fn fetch(model: &str, kind: Kind) -> Result<PathBuf> {
         bar.set_position(download.done);
     });
     bar.finish_and_clear();
-    folder
+    folder.map_err(|error| match error {
+        // It may have been meant for a folder, which is mistyped or elsewhere.
+        Error::Hub { repo, reason } => Error::Hub { repo, reason: format!("{reason} (nor is there a folder of that name here)") },
+        error => error,
+    })
 }
 
 #[cfg(not(feature = "hub"))]

@@ -96,7 +96,9 @@ pub(crate) fn format_of(path: &Path) -> Result<ImageFormat> {
 /// As [`save`].
 pub fn check_writable(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
-    format_of(path)?;
+    if !path.is_dir() {
+        format_of(path)?;
+    }
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),

@@ -545,7 +545,7 @@ def main():
         parser.error("--publish is for the weights that are shipped, which are not made of --folder")
     if args.work:
         global WORK
-        WORK = args.work
+        WORK = args.work.resolve()  # dpkg-deb, tar and npm work in folders of their own
     if args.hold_out:
         hold_out(args.hold_out)
         return 0

@@ -1,5 +1,8 @@
 """Noised latents, what the network should say of them, and how far it is from that."""
 
+import itertools
+import math
+
 import torch
 from diffusers import DDIMScheduler
 
@@ -41,8 +44,9 @@ class Denoising:
         """Mean squared errors of the noise and of the velocity that the answers amount to, whatever the network was trained to say;
         over all, and by quarter of t, low t first. The noise and the timesteps are always the same."""
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device)
-        # Strided, so that each quarter of t meets all kinds of pictures.
-        t = torch.linspace(5, 980, len(x))[(torch.arange(len(x)) * 7) % len(x)].long().to(x.device)
+        # Strided, so that each quarter of t meets all kinds of pictures; by what shares no factor with their number, or some t would be left out.
+        stride = next(stride for stride in itertools.count(7) if math.gcd(stride, len(x)) == 1)
+        t = torch.linspace(5, 980, len(x))[(torch.arange(len(x)) * stride) % len(x)].long().to(x.device)
         eps, v = [], []
         for parts in zip(x.split(8), t.split(8), noise.split(8)):
             found, _, noised, a, s = self.parts(*parts)

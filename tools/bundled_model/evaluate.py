@@ -58,7 +58,8 @@ def run(example, *flags):
     libraries = os.pathsep.join(filter(None, [str(HERE / "../../.libtorch/torch/lib"), os.environ.get("LD_LIBRARY_PATH")]))
     environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", **os.environ, "LD_LIBRARY_PATH": libraries}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
+    # Ctrl-C reaches the example, too, which then writes what there is: not a picture to judge.
+    if done.returncode or "stopped after step" in done.stderr:
         raise SystemExit(f"{' '.join(map(str, command))}: {done.stderr.strip()[-500:]}")
     return done.stdout
 
@@ -73,12 +74,19 @@ def patches(found):
     return sum(scales) / len(scales)
 
 
+def written(path, write):
+    """A file that is there is whole: `write` gets another name of the same kind, which takes its place at the end."""
+    part = path.with_name(f"part_{path.name}")
+    write(part)
+    part.replace(path)
+
+
 def fitted(picture, side, folder):
     """A held-out picture in the size of a run, so that scaling is the same for all models."""
     path = folder / f"{picture.parent.name}_{picture.stem}_{side}.png"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        Image.open(picture).convert("RGB").resize((side, side), Image.Resampling.LANCZOS).save(path)
+        written(path, Image.open(picture).convert("RGB").resize((side, side), Image.Resampling.LANCZOS).save)
     return path
 
 
@@ -106,8 +114,7 @@ def each(judged, made):
         file, item = pair
         if not file.exists():
             result = json.dumps(made(*item))
-            file.with_suffix(".new").write_text(result)
-            file.with_suffix(".new").replace(file)
+            written(file, lambda part: part.write_text(result))
         return json.loads(file.read_text())
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -160,7 +167,7 @@ def textures(held, folder, inputs):
         source, other = (inputs / f"quarter_{name}_{picture.stem}.png" for name in ("a", "b"))
         if not other.exists():
             for crop, path in zip(two_crops(Image.open(picture).convert("RGB")), (source, other)):
-                crop.save(path)
+                written(path, crop.save)
         rows.append((source, other, folder / f"texture_{picture.stem}.png"))
     # Of a name that says by what they were judged; earlier ones took copies, too.
     found = each([(row[2].with_suffix(".quarters.json"), row) for row in rows], texture)
@@ -202,7 +209,7 @@ def same_as_before(path):
     elif any(path.parent.glob("*.json")):
         before = {}
     else:
-        path.write_text(json.dumps(now, indent=1))
+        written(path, lambda part: part.write_text(json.dumps(now, indent=1)))
         return
     if other := [name for name in now if now[name] != before.get(name)]:
         raise SystemExit(f"{path.parent} was judged with other or unknown {', '.join(other)}: give this one another --name")
@@ -226,7 +233,7 @@ def judge():
     ratios = [f["ratio"] for f in found]
     median, within = (round(statistics.median(ratios), 3), sum(ratio <= 1.5 for ratio in ratios)) if ratios else (None, None)
     result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"), median=median, within=within)
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    written(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1)))
     print(json.dumps(result, indent=1), flush=True)
 
 

@@ -120,12 +120,11 @@ def main():
         if not missing:
             continue
         folder = WORK / "heldout" / "files" / f"{kind}_{package.replace('/', '-')}_{version.replace(':', '-')}"
-        folder.mkdir(parents=True, exist_ok=True)
+        # What a run that was killed left there may be cut short.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         try:
-            files = sorted({split(p["path"])[0] for p in missing})
-            files = [f for f in files if not (folder / f).exists()]
-            if files:
-                unpack(kind, package, version, files, folder)
+            unpack(kind, package, version, sorted({split(p["path"])[0] for p in missing}), folder)
             for p, s in stamp:
                 if p not in missing:
                     continue
