@@ -17,7 +17,10 @@ fn main() {
     let unix = std::env::var("CARGO_CFG_TARGET_FAMILY").is_ok_and(|family| family == "unix");
     let libtorch = std::env::var("DEP_TCH_LIBTORCH_LIB").ok();
     if let (true, Some(folder)) = (unix, &libtorch) {
-        println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
+        // Not by `-Wl`, which would cut a path at its commas.
+        for argument in ["-Xlinker", "-rpath", "-Xlinker", folder] {
+            println!("cargo:rustc-link-arg={argument}");
+        }
         #[cfg(feature = "fused-attention")]
         fused_attention::build(Path::new(folder));
     }

@@ -119,6 +119,12 @@ impl<H: AttentionHook + ?Sized> AttentionHook for &mut H {
     }
 }
 
+impl<H: AttentionHook + ?Sized> AttentionHook for Box<H> {
+    fn attend(&mut self, site: &AttentionSite, qkv: Qkv) -> Result<Tensor> {
+        (**self).attend(site, qkv)
+    }
+}
+
 /// Attention with nothing added.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PlainAttention;

@@ -275,7 +275,9 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// this run's optimizer cannot take; the run is then as it was.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let latents = checkpoint.latents_for(Procedure::Optimisation, self.timesteps.len(), &self.latents)?;
-        self.optimizer.load_state(state_on(&checkpoint.optimizer, self.latents.device())?)?;
+        let state = state_on(&checkpoint.optimizer, self.latents.device())?;
+        self.optimizer.check_state(&state, &latents)?;
+        self.optimizer.load_state(state)?;
         (self.latents, self.step, self.soundness) = (latents, checkpoint.step, Soundness::default());
         Ok(())
     }

@@ -16,7 +16,7 @@ pub enum Error {
 
     /// libtorch refused: shapes that do not fit, no memory left, no such device.
     #[error("libtorch: {}", first_line(.0))]
-    Torch(#[from] tch::TchError),
+    Torch(tch::TchError),
 
     /// A file or folder could not be read or written.
     #[error("{}: {source}", path.display())]
@@ -138,6 +138,13 @@ pub enum Error {
     /// A downstream [`Denoiser`](crate::Denoiser) failed for a reason of its own.
     #[error("denoiser: {0}")]
     Denoiser(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Not as its source: that would bring back the lines of libtorch's own stack that the message leaves out.
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Torch(error)
+    }
 }
 
 impl Error {

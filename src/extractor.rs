@@ -141,7 +141,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
     }
 }
 
-fn check_timestep(timestep: f64) -> Result<()> {
+pub(crate) fn check_timestep(timestep: f64) -> Result<()> {
     if timestep.is_finite() {
         Ok(())
     } else {

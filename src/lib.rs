@@ -167,6 +167,7 @@ pub use stable_diffusion::StableDiffusion;
 
 pub use windows::{View, Windows};
 
+pub use ndarray;
 pub use tch;
 
 /// The README's programs are compiled, too.

@@ -19,6 +19,12 @@ pub trait Loss {
     fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor>;
 }
 
+impl<L: Loss + ?Sized> Loss for Box<L> {
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
+        (**self).evaluate(picture, references)
+    }
+}
+
 /// The attention distillation loss: `sum over layers of mean |Attn(Q, K, V) - sg(Attn(s Q, Ks, Vs))|`.
 ///
 /// `Q`, `K`, `V` are the picture's own, `Ks`, `Vs` the styles' (joined along the tokens where there are several), `sg`

@@ -37,6 +37,38 @@ pub trait Optimizer {
     /// # Errors
     /// A state that is not this optimizer's; it is then as it was.
     fn load_state(&mut self, state: OptimizerState) -> Result<()>;
+
+    /// Whether steps of this parameter could go on from a state that [`load_state`](Self::load_state) would take. Runs ask before they
+    /// resume a checkpoint; by default it is always so.
+    ///
+    /// # Errors
+    /// A state of a parameter of another shape, or one that holds what is not finite.
+    fn check_state(&self, state: &[(String, Tensor)], parameter: &Tensor) -> Result<()> {
+        let (_, _) = (state, parameter);
+        Ok(())
+    }
+}
+
+impl<O: Optimizer + ?Sized> Optimizer for Box<O> {
+    fn step(&mut self, parameter: &mut Tensor, gradient: &Tensor) -> Result<()> {
+        (**self).step(parameter, gradient)
+    }
+
+    fn reset(&mut self) {
+        (**self).reset();
+    }
+
+    fn state(&self) -> Result<OptimizerState> {
+        (**self).state()
+    }
+
+    fn load_state(&mut self, state: OptimizerState) -> Result<()> {
+        (**self).load_state(state)
+    }
+
+    fn check_state(&self, state: &[(String, Tensor)], parameter: &Tensor) -> Result<()> {
+        (**self).check_state(state, parameter)
+    }
 }
 
 /// Adam's settings; the defaults are the authors'.
@@ -178,6 +210,18 @@ impl Optimizer for Adam {
         self.steps = steps;
         self.moments = Some(Moments { mean, variance });
         Ok(())
+    }
+
+    fn check_state(&self, state: &[(String, Tensor)], parameter: &Tensor) -> Result<()> {
+        let moments = state.iter().filter(|(name, _)| matches!(name.as_str(), "mean" | "variance"));
+        moments.into_iter().try_for_each(|(name, moment)| {
+            of_these_latents(moment, parameter)?;
+            if bool::try_from(moment.f_isfinite()?.f_all()?)? {
+                Ok(())
+            } else {
+                Err(Error::argument("optimizer state", format!("its `{name}` is not finite")))
+            }
+        })
     }
 }
 

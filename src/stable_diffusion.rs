@@ -156,8 +156,9 @@ impl StableDiffusion {
     /// and layers that follow from its networks filled in.
     ///
     /// # Errors
-    /// None that opening the model would not have given.
+    /// Settings that [`check`](Settings::check) refuses.
     pub fn settings(&self, task: Settings) -> Result<Settings> {
+        task.check()?;
         let mut settings = self.settings.over(task)?;
         if settings.layers.is_none() {
             settings.layers = Some(self.last_layers());

@@ -62,8 +62,10 @@ pub(crate) fn converted(file: &Path, name: &str, view: &TensorView<'_>, device: 
 fn shape_and_kind(file: &Path, name: &str, view: &TensorView<'_>) -> Result<(Vec<i64>, Kind)> {
     let bad = |reason: String| Error::Weights { file: file.to_owned(), reason };
     let kind = kind_of(view.dtype()).ok_or_else(|| bad(format!("tensor `{name}` is of kind {:?}; f16, bf16 and f32 are read", view.dtype())))?;
-    let shape = view.shape().iter().map(|&side| i64::try_from(side)).collect::<Result<Vec<_>, _>>();
-    Ok((shape.map_err(|_| bad(format!("tensor `{name}` has an absurd shape")))?, kind))
+    let shape = view.shape().iter().map(|&side| i64::try_from(side).ok()).collect::<Option<Vec<_>>>();
+    // Also where one side is 0, so that their product is: who multiplies them one by one comes past the others.
+    let sound = |shape: &Vec<i64>| shape.iter().try_fold(1_i64, |all, &side| all.checked_mul(side.max(1))).is_some();
+    Ok((shape.filter(sound).ok_or_else(|| bad(format!("tensor `{name}` has an absurd shape")))?, kind))
 }
 
 /// What is wrong with a safetensors file, in words.
@@ -170,7 +172,7 @@ mod tests {
     /// Wherever in memory the bytes begin, and whatever they are to become.
     #[test]
     fn converted_wherever_it_lies() -> std::result::Result<(), Box<dyn std::error::Error>> {
-        let numbers = Tensor::from_slice(&[1.5_f32, -2.25, 0.125, 1e-3, 3.0, 65504.0]).f_view([2, 3])?;
+        let numbers = Tensor::from_slice(&[1.5_f32, -2.25, 0.125, 1e-3, 3.0, half::f16::MAX.to_f32()]).f_view([2, 3])?;
         for (stored, dtype) in [(Kind::Float, Dtype::F32), (Kind::Half, Dtype::F16), (Kind::BFloat16, Dtype::BF16), (Kind::Double, Dtype::F64)] {
             let wanted = numbers.f_to_kind(stored)?;
             let mut bytes = vec![0; 6 * stored.elt_size_in_bytes()];

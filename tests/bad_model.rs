@@ -595,6 +595,17 @@ fn lists_of_counts() {
         }
         copy.write(file, &sound);
     }
+    // More than any picture could be halved by.
+    let sound = copy.read(UNET_CONFIG);
+    for (key, value) in [
+        ("block_out_channels", json!(vec![1; 70])),
+        ("down_block_types", json!(vec!["DownBlock2D"; 70])),
+        ("up_block_types", json!(vec!["UpBlock2D"; 70])),
+    ] {
+        copy.set(UNET_CONFIG, key, value);
+    }
+    check.refused("70 blocks", unet(&copy), &["Config"], &[UNET_CONFIG, "block_out_channels", "70", "16"]);
+    copy.write(UNET_CONFIG, &sound);
     // One number per block.
     let sound = copy.read(UNET_CONFIG);
     for key in ["attention_head_dim", "num_attention_heads", "cross_attention_dim", "layers_per_block", "transformer_layers_per_block"] {
@@ -1249,6 +1260,11 @@ fn damaged_fast_tokenizers() {
     }
     copy.write(file, &whole);
     let sound = copy.json(file);
+    let with = |key: &str, value: Value| {
+        let mut model = sound["model"].clone();
+        model[key] = value;
+        model
+    };
     let deep = "[".repeat(100_000);
     for text in ["", "{", "[]", "null", "{}", "{\"model\": {}}", deep.as_str()] {
         copy.write(file, text);
@@ -1263,6 +1279,17 @@ fn damaged_fast_tokenizers() {
         ("normalizer", json!({ "type": "Precompiled", "precompiled_charsmap": "AAAA" })),
         ("normalizer", json!({ "type": "Sequence", "normalizers": [{ "type": "Precompiled", "precompiled_charsmap": 7 }] })),
         ("pre_tokenizer", json!(7)),
+        // Each made the crate `tokenizers` panic, at once or at the first prompt.
+        ("pre_tokenizer", json!({ "type": "FixedLength", "length": 0 })),
+        ("pre_tokenizer", json!({ "type": "Split", "pattern": { "Regex": "(a|aa|aaa)+$" }, "behavior": "Removed", "invert": true })),
+        (
+            "pre_tokenizer",
+            json!({ "type": "Sequence", "pretokenizers": [{ "type": "Split", "pattern": { "String": "" }, "behavior": "Removed", "invert": true }] }),
+        ),
+        ("normalizer", json!({ "type": "Replace", "pattern": { "Regex": "(a|aa|aaa)+$" }, "content": "" })),
+        ("model", with("continuing_subword_prefix", json!("##"))),
+        // The same prompt, other ids.
+        ("model", with("dropout", json!(0.5))),
     ] {
         copy.write(file, serde_json::to_vec(&sound).unwrap());
         copy.set(file, key, value.clone());
@@ -1272,6 +1299,20 @@ fn damaged_fast_tokenizers() {
     copy.set(file, "model", json!({ "type": "BPE", "vocab": { "a": 0 }, "merges": [] }));
     copy.set(file, "added_tokens", json!([]));
     check.refused("no special tokens", open(), &["Config"], &[file, "<|startoftext|>"]);
+    // One that would be found everywhere, for ever.
+    copy.write(file, serde_json::to_vec(&sound).unwrap());
+    copy.set(
+        file,
+        "model",
+        with("vocab", {
+            let mut vocab = sound["model"]["vocab"].clone();
+            vocab[""] = json!(0);
+            vocab
+        }),
+    );
+    copy.write("special_tokens_map.json", r#"{ "bos_token": "" }"#);
+    check.refused("an empty special token", open(), &["Config"], &["special token", "empty"]);
+    copy.remove("special_tokens_map.json");
     copy.write(file, serde_json::to_vec(&sound).unwrap());
     check.taken("the fixture again", open());
     check.finish();
@@ -1392,10 +1433,15 @@ fn good_settings_of_a_folder() {
     let mut asked = Settings::texture_synthesis();
     (asked.layers, asked.size, asked.steps) = (Some(2..3), Some((16, 24)), 7);
     assert_eq!(plain.settings(asked.clone()).unwrap(), asked, "what was asked for stays");
+    let mut bad = Settings::text_to_image();
+    bad.guidance = f64::NAN;
+    assert!(matches!(plain.settings(bad.clone()), Err(Error::Argument { .. })));
 
     let own = json!({ "layers": [3, 9], "size": [48, 32], "steps": 20, "iterations": 3, "learning_rate": 0.1, "content_weight": 0.5, "adain": true });
     copy.write(OWN, serde_json::to_vec(&own).unwrap());
     let model = copy.open().unwrap();
+    // Which is not the file's fault.
+    assert!(matches!(model.settings(bad), Err(Error::Argument { .. })));
     let settings = model.settings(Settings::style_transfer()).unwrap();
     (expected.layers, expected.size, expected.steps, expected.iterations) = (Some(3..9), Some((32, 48)), 20, 3);
     (expected.learning_rate, expected.content_weight, expected.adain) = (0.1, 0.5, true);

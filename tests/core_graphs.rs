@@ -261,6 +261,20 @@ fn not_a_number_ends_the_run_before_the_step() {
     }
 }
 
+/// Where a graph would take any number there is in its place.
+#[test]
+fn a_timestep_that_is_no_number_is_refused() {
+    let net = Noting::new();
+    for bad in [0, 1, 3] {
+        let mut run = transfer(&net, 5, references());
+        run.timesteps[bad] = f64::NAN;
+        let (mut run, _) = graphed(run);
+        let error = run.finish().unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "timestep", .. }), "{error}");
+        assert_eq!(run.run().step, bad);
+    }
+}
+
 /// What comes then, such as decoding, needs their memory; and a run that goes back is captured anew.
 #[test]
 fn the_graphs_go_with_the_last_step() {

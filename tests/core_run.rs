@@ -760,6 +760,13 @@ fn gradient_descent_runs_and_resumes() {
     let mut next = make();
     next.resume(&checkpoint).unwrap();
     assert_same_run(&next.finish().unwrap(), &run.latents);
+    // Chosen while the program runs.
+    let optimizer: Box<dyn Optimizer> = Box::new(GradientDescent { learning_rate: 0.3 });
+    let mut boxed = transfer(&toy, 30).with_optimizer(optimizer);
+    boxed.loss =
+        TotalLoss::default().plus(1.0, Box::new(AdLoss::default()) as Box<dyn attention_distillation::Loss + Send + Sync>).plus(0.25, ContentLoss);
+    boxed.resume(&checkpoint).unwrap();
+    assert_same_run(&boxed.finish().unwrap(), &run.latents);
     // Changing the optimizer keeps where the run is.
     let (step, z) = (half.step, half.latents.copy());
     let swapped = half.with_optimizer(Adam::default());
@@ -783,6 +790,12 @@ fn a_checkpoint_of_another_run_is_refused_and_the_run_unchanged() {
         ("step beyond the last", (|c| c.step = 5) as fn(&mut Checkpoint)),
         ("another optimizer", |c| c.optimizer[0].0 = "momentum".into()),
         ("half an optimizer", |c| c.optimizer.truncate(1)),
+        ("an optimizer of other latents", |c| {
+            for (_, moment) in &mut c.optimizer[..2] {
+                *moment = latents(1, 3, 3);
+            }
+        }),
+        ("an optimizer of no numbers", |c| c.optimizer[1].1 = &c.optimizer[1].1 * f64::NAN),
     ] {
         let mut checkpoint = own();
         spoil(&mut checkpoint);
@@ -843,6 +856,9 @@ fn a_damaged_checkpoint_file_is_an_error() {
         let error = Checkpoint::load(&other).unwrap_err();
         assert!(matches!(error, Error::Weights { .. }), "{error}");
     }
+    // No numbers at all, of a shape that no two sides can be multiplied of.
+    let header = format!(r#"{{"step":{{"dtype":"I64","shape":[{},2,0],"data_offsets":[0,0]}}}}"#, i64::MAX);
+    damaged(&[&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat());
     assert!(matches!(Checkpoint::load(folder.path().join("none.safetensors")), Err(Error::Io { .. })));
     assert!(matches!(Checkpoint::load(folder.path()), Err(Error::Io { .. })));
     // An older file stays where the new one cannot be written.

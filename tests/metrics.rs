@@ -59,7 +59,7 @@ fn root_mean_square(a: &Tensor, b: &Tensor) -> f64 {
 
 #[track_caller]
 fn close(found: f64, wanted: f64, tolerance: f64) {
-    assert!((found - wanted).abs() <= tolerance, "{found}, not {wanted}");
+    approx::assert_abs_diff_eq!(found, wanted, epsilon = tolerance);
 }
 
 fn rising(values: &[f64]) -> bool {

@@ -1,13 +1,14 @@
 //! `softmax(Q K^T * scale + mask) V` by libtorch's kernels, or by ours where these gain something.
 
-use crate::Result;
+use crate::{Error, Result};
 use tch::Tensor;
 
 /// Shorter parts than this do not pay for themselves.
 const SHORTEST_PART: i64 = 128;
 
 pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Option<f64>) -> Result<Tensor> {
-    let ((batch, heads, queries, _), (_, _, keys, values)) = (q.size4()?, v.size4()?);
+    let ((batch, heads, queries, width), (_, _, keys, values)) = (q.size4()?, v.size4()?);
+    fits((heads, width, keys), k)?;
     if keys == 1 && mask.is_none() && !(q.requires_grad() && k.requires_grad()) {
         // The softmax of one score is 1, whatever the query. Cross-attention to one token of a fixed text: nothing to compute, and
         // gradients of 0. Who asks for the gradients of both may want to see these, as of weights that are trained.
@@ -26,6 +27,20 @@ pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Optio
         }
     }
     plain(q, k, v, mask, scale)
+}
+
+/// libtorch's kernels for CPUs take the number of keys from the values and go through the keys' memory that far, and beyond it; where there
+/// are no heads they divide by 0. All else that does not fit they refuse themselves.
+fn fits((heads, width, values): (i64, i64, i64), k: &Tensor) -> Result<()> {
+    let (_, _, keys, of_key) = k.size4()?;
+    if heads == 0 {
+        return Err(Error::shape("keys", "at least one head", k.size()));
+    }
+    if (keys, of_key) != (values, width) {
+        let wanted = format!("(.., {values}, {width}): a key for each value, as wide as the queries");
+        return Err(Error::shape("keys", wanted, k.size()));
+    }
+    Ok(())
 }
 
 fn plain(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Option<f64>) -> Result<Tensor> {
@@ -124,6 +139,29 @@ mod tests {
         // A mask may forbid even the only key, which is for libtorch to answer.
         let mask = Tensor::zeros([16, 1], (Kind::Float, Device::Cpu));
         assert!(scaled_dot_product(q, k, v, Some(&mask), None).unwrap().allclose(&expected, 0.0, 1e-6, false));
+    }
+
+    /// libtorch would read, and in the backward pass write, where nothing is.
+    #[test]
+    fn keys_without_values_are_refused() {
+        for (keys, values) in [(5, 9), (9, 5), (5, 1), (1, 5), (5, 0), (200, 201), (201, 200)] {
+            for queries in [5, 200] {
+                let ([q, k, _], [_, _, v]) = (layer(1, 1, queries, keys), layer(1, 1, queries, values));
+                for (q, k, v) in [(q.detach(), k.detach(), v.detach()), (q, k, v)] {
+                    let error = scaled_dot_product(&q, &k, &v, None, None).unwrap_err();
+                    assert!(matches!(&error, Error::Shape { name: "keys", found, .. } if found[2] == keys), "{error}");
+                }
+            }
+        }
+        let [q, k, v] = layer(1, 2, 5, 1);
+        assert!(matches!(scaled_dot_product(&q, &k.narrow(3, 0, 39), &v, None, None), Err(Error::Shape { .. })), "of another width");
+        let [q, k, v] = layer(2, 0, 5, 7);
+        assert!(matches!(scaled_dot_product(&q, &k, &v, None, None), Err(Error::Shape { .. })), "no heads");
+        // Nothing to see, and nobody to see it, are libtorch's zeros and its empty answer.
+        let [q, k, v] = layer(2, 3, 5, 0);
+        assert_eq!(scaled_dot_product(&q, &k, &v, None, None).unwrap().abs().sum(Kind::Float).double_value(&[]), 0.0);
+        let [q, k, v] = layer(0, 3, 5, 7);
+        assert_eq!(scaled_dot_product(&q, &k, &v, None, None).unwrap().size(), [0, 3, 5, 24]);
     }
 
     /// Or all that is tested of the kernels is not there to be tested.

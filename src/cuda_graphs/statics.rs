@@ -2,6 +2,7 @@
 
 use super::capturable::{at, Capturable, NO_NUMBER};
 use crate::bias::Memo;
+use crate::extractor::check_timestep;
 use crate::optimizer::{copy, CapturableAdam};
 use crate::scalar::WithNumber;
 use crate::{Adam, AdamConfig, Error, FeatureExtractor, Features, Guidance, Loss, References, Result};
@@ -14,6 +15,7 @@ fn timestep_on(device: Device) -> Result<Tensor> {
 
 /// Nothing is copied from the CPU.
 fn set(to: &Tensor, timestep: f64) -> Result<()> {
+    check_timestep(timestep)?;
     overwrite(to, &to.f_ones_like()?.times(timestep)?)
 }
 

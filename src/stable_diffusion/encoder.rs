@@ -56,6 +56,10 @@ impl Levels {
         }
         let channels = config.counts("block_out_channels")?;
         let blocks = channels.len();
+        if blocks > 16 {
+            // Each halves the picture.
+            return Err(config.bad(format!("`block_out_channels` names {blocks} blocks; at most 16 are possible")));
+        }
         let groups = config.groups(&channels)?;
         // The config's name says dim, but for these networks it has always been the number of heads.
         let key = if config.get("num_attention_heads").is_some() { "num_attention_heads" } else { "attention_head_dim" };

@@ -14,6 +14,14 @@ use tokenizers::{
 /// Words, contractions, single digits, runs of other signs.
 const WORDS: &str = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
+/// What tokenizers of CLIP look for: these words, with and without the special tokens, and spaces.
+const PATTERNS: [&str; 4] = [
+    WORDS,
+    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r"\s+",
+];
+
 /// Byte pair encoding over lower-case words.
 #[derive(Debug)]
 pub struct ClipTokenizer {
@@ -48,6 +56,10 @@ impl ClipTokenizer {
             return Err(Error::Config { path: folder.to_owned(), reason });
         };
         let names = Names::open(folder)?;
+        if [&names.begin, &names.end, &names.pad].iter().any(|name| name.is_empty()) {
+            // It would be found everywhere.
+            return Err(Error::Config { path: folder.to_owned(), reason: "one of its special tokens is empty".into() });
+        }
         let id = |token: &str| match tokenizer.token_to_id(token) {
             Some(id) => Ok(i64::from(id)),
             None => Err(Error::Config { path: file.clone(), reason: format!("has no special token `{token}`") }),
@@ -143,10 +155,37 @@ fn from_whole(path: &Path) -> Result<Tokenizer> {
     for part in ["decoder", "post_processor", "padding", "truncation"] {
         config.forget(part);
     }
-    if config.get("normalizer").is_some_and(|normalizer| normalizer.to_string().contains("Precompiled")) {
-        return Err(config.bad("its normalizer is a `Precompiled` one, which is not CLIP's"));
+    if let Some(part) = strange(&config) {
+        return Err(config.bad(format!("its {part}, which is not CLIP's")));
     }
     Tokenizer::from_bytes(config.to_bytes()?).map_err(refused(path))
+}
+
+/// What of it CLIP's tokenizers have not. The crate `tokenizers` panics on some of it, at once or at the first prompt: prefixes, lengths of
+/// 0, patterns that go back and forth too often; and with a dropout the same prompt is not always the same ids.
+fn strange(config: &Config) -> Option<String> {
+    let model = |key: &str| config.get("model").and_then(|model| model.get(key)).filter(|value| !value.is_null());
+    let none = |value: &Value| value.as_str() == Some("") || value.as_f64() == Some(0.0);
+    if let Some(key) = ["dropout", "continuing_subword_prefix"].into_iter().find(|key| model(key).is_some_and(|value| !none(value))) {
+        return Some(format!("model has a `{key}`"));
+    }
+    let known = |part: &str, kinds: &[&str]| {
+        let mut open: Vec<&Value> = config.get(part).into_iter().collect();
+        while let Some(step) = open.pop() {
+            let kind = step.get("type").and_then(Value::as_str).unwrap_or_default();
+            if !kinds.contains(&kind) {
+                return Some(format!("{part} is or has a `{kind}`"));
+            }
+            let pattern = step.get("pattern").map(|pattern| pattern.get("Regex").and_then(Value::as_str).unwrap_or_default());
+            if let Some(pattern) = pattern.filter(|pattern| !PATTERNS.contains(pattern)) {
+                return Some(format!("{part} has the pattern `{pattern}`"));
+            }
+            open.extend(["normalizers", "pretokenizers"].iter().filter_map(|key| step.get(key)?.as_array()).flatten());
+        }
+        None
+    };
+    known("normalizer", &["Sequence", "BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace"])
+        .or_else(|| known("pre_tokenizer", &["Sequence", "Split", "ByteLevel", "Whitespace", "WhitespaceSplit"]))
 }
 
 fn refused(path: &Path) -> impl Fn(tokenizers::Error) -> Error + '_ {

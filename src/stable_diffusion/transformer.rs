@@ -228,6 +228,9 @@ mod tests {
     fn sums_have_the_layout_that_comes_next() -> Result<()> {
         tch::set_num_threads(1);
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sdxl/unet");
+        if !folder.exists() {
+            return Ok(()); // the published package has no fixtures
+        }
         let weights = Weights::open(&folder, "diffusion_pytorch_model", false, Device::Cpu, Kind::Float)?;
         let shape = TransformerShape { channels: 24, heads: 3, layers: 3, text: 24, groups: 4, use_linear: true };
         let transformer = Transformer::new(&weights.root().at("mid_block.attentions.0"), shape)?;
