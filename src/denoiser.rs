@@ -55,8 +55,8 @@ pub trait Denoiser {
         Seamless::None
     }
 
-    /// Runs `passes`, once; in them borders meet along the axes of `meet` alone, which are some of [`seamless`](Self::seamless)'s:
-    /// their latents are windows, cut along all other axes. The default just runs them, as is right where no borders ever meet.
+    /// Calls `passes` once. Meanwhile opposite borders meet along the axes of `meet` only, a subset of [`seamless`](Self::seamless)'s, since
+    /// the latents are then windows, cut along all other axes. The default just runs them, as is right where no borders ever meet.
     ///
     /// # Errors
     /// Those of `passes`.
@@ -70,7 +70,7 @@ pub trait Denoiser {
         1
     }
 
-    /// How many latents a condition is for, one after the other; 1, the default, serves any batch.
+    /// The batch that a condition is made for: several prompts, say, serve as many pictures, in their order. 1, the default, serves any batch.
     fn condition_batch(&self, _condition: &Self::Condition) -> i64 {
         1
     }

@@ -103,7 +103,7 @@ impl<D: Denoiser> Distiller<D> {
 }
 
 impl<D: Denoiser> Distiller<D, Adam> {
-    /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate and AdaIN. Timesteps and
+    /// Applies those of a task's settings that a run can take once it is made: iterations, learning rate and AdaIN. Timesteps and
     /// content weight are arguments of what makes a run, layers its extractor's.
     ///
     /// # Errors
@@ -131,8 +131,8 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     ///
     /// `draft` are latents `(1 or batch, channels, height, width)` of this run's size, those of the enlarged picture: decode what the first
     /// run made, enlarge it, with [`image::resize`](crate::image::resize) for instance, and encode it. It has the styles' statistics already,
-    /// so [`adain`](Self::adain) concerns the content alone. (With both that and a strength of 1, a run that goes on from a
-    /// [checkpoint](Self::checkpoint) of no step needs the draft, too.)
+    /// so [`adain`](Self::adain) concerns the content alone. (With that on and a strength of 1, a run that is
+    /// resumed from a [checkpoint](Self::checkpoint) taken before its first step must be given the draft, too.)
     ///
     /// # Errors
     /// A strength that leaves no step or is above 1; a draft of another shape; a run that has begun, or has a draft already.
@@ -179,8 +179,8 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         self.advance_towards(&references)
     }
 
-    /// The next timestep, towards features of [`targets`](Self::targets) that the caller kept from an earlier run. Those of
-    /// [`references`](Self::references) are the same without [`adain`](Self::adain) alone; nothing tells which were given.
+    /// The next timestep, towards features of [`targets`](Self::targets) that the caller kept from an earlier run. Only without
+    /// [`adain`](Self::adain) are those of [`references`](Self::references) the same; nothing checks which were given.
     ///
     /// # Errors
     /// As [`advance`](Self::advance).

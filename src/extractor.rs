@@ -120,7 +120,7 @@ impl<D: Denoiser> FeatureExtractor<D> {
     ///
     /// # Errors
     /// As [`gradient`](Self::gradient) and [`Optimizer::step`]; the latents are then as they were. An optimizer that changes their
-    /// shape: they then have it again, but may have moved.
+    /// shape: they then have their shape again, but perhaps other values.
     pub fn descend(
         &self,
         latents: &mut Tensor,

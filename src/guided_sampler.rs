@@ -35,9 +35,9 @@ use tch::Tensor;
 /// that is later than the step at fault (on a GPU), the noise has moved on, too.
 ///
 /// With [`windows`](Self::windows) a step makes the picture view by view (MultiDiffusion): all of the above is then done for
-/// each batch of views, and the picture is the mean of its views. One picture is made at a time: a condition has one prompt for
-/// each of a batch, and a batch is here one of views: more than one is an error. So it is with styles and label maps, of which one
-/// serves all views, and with a content, which is cut as the canvas
+/// each batch of views, and the picture is the mean of its views. One picture is made at a time, as the
+/// batch is one of views: more than one prompt is an error, and so is more than one label map, or a batch of pictures as a style; one
+/// serves all views. A content serves them, too, which is cut as the canvas
 /// is where it has that size, or else serves every view whole. What a condition says of sizes (SDXL's time ids) is the
 /// caller's: give `StableDiffusion::guidance` and `extractor` the size of the whole picture, as `tools/reference` does. A
 /// condition that belongs to places of the picture, as a ControlNet's does, cannot be cut.
@@ -124,7 +124,7 @@ impl<D: Denoiser> GuidedSampler<D> {
         }
     }
 
-    /// Takes over what of a task's settings concerns a run that exists: iterations, learning rate, scale of the guidance,
+    /// Applies those of a task's settings that a run can take once it is made: iterations, learning rate, scale of the guidance,
     /// AdaIN, and the loss: the AD loss and, where there is a content among the references, a content loss of that weight. Call it
     /// first: the loss takes the place of the one before, as do the other fields. Timesteps are the schedule's, layers the extractor's.
     ///

@@ -86,21 +86,27 @@
 //! - Latents are `(batch, channels, height / factor, width / factor)` in f32, scaled as the network knows them.
 //! - Networks compute in f32, bf16 or f16; losses, gradients' scaling and Adam in f32.
 //! - Nothing panics, prints, downloads, or draws from a global generator on its own; every failure is an [`Error`].
-//! - Models are `Send`, not `Sync`, and so is a run that owns its model; one that borrows it stays on the thread of both. So one worker
-//!   per GPU owns its model, makes its runs and interleaves them.
+//! - Models are `Send` but not `Sync`. So is a run that owns its model; a run that borrows it must stay on the model's thread. So let one
+//!   worker thread per GPU own its model, make its runs and interleave them.
+//! - A *descent* is one step of the optimizer: a pass of the network for the picture's features, the losses, a backward pass to the
+//!   latents. *References* are the styles and the content; the *ideal* output of a layer is that of the picture's queries over the
+//!   styles' keys and values, which [`AdLoss`] holds the picture's own output to.
 //!
 //! # Features
-//! `stable-diffusion` (default): networks from diffusers folders. `fused-attention` (default): on x86-64 CPUs attention in f32 by kernels
-//! of this crate in C++, for AVX-512 or AVX2 as found at run time; by AVX-512 on an AMD EPYC some two and a half times as fast as libtorch's. They
-//! are for 128 queries and keys or more and heads of at most 256 numbers; without a mask also with gradients, with one (f32, of four dimensions,
-//! a number for each key, as regions and weights of styles make it) only where none are kept. All else is libtorch's, as is everything on other processors, on Windows, and where the compiler is neither GCC nor Clang
-//! (`cargo build -vv` shows why they were not built). `hub`: such folders from the Hugging Face hub.
-//! `download-libtorch`: tch fetches libtorch while it builds. `doc-only`: type checks without libtorch.
-//! `cuda-graphs`: runs by CUDA graphs (module `cuda_graphs`).
+//! - `stable-diffusion` (default): networks from diffusers folders.
+//! - `fused-attention` (default): on x86-64 CPUs attention in f32 by kernels of this crate in C++, for AVX-512 or AVX2 as found at run
+//!   time; by AVX-512 on an AMD EPYC (Zen 5) some two and a half times as fast as libtorch's. For at least 128 queries and keys and
+//!   heads of at most 256 numbers: without a mask with or without gradients; with one (f32, four dimensions, a number for each key,
+//!   as regions and weights of styles make it) only where no gradients are kept. All else is libtorch's, as is everything on other
+//!   processors, on Windows, and where the compiler is neither GCC nor Clang (`cargo build -vv` shows why they were not built).
+//! - `hub`: model folders from the Hugging Face hub.
+//! - `cuda-graphs`: runs by CUDA graphs (module `cuda_graphs`).
+//! - `download-libtorch`: tch fetches libtorch while it builds, the CPU's unless `TORCH_CUDA_VERSION` is set (`cu130`).
+//! - `doc-only`: type checks and documentation without libtorch.
 //!
 //! # libtorch
-//! tch 0.24 wants libtorch 2.11.0. CUDA is opened at run time by [`device::best`] and [`device::parse`]: ask these before any
-//! other CUDA query, no linker flags are needed. On a CPU that other programs use, too, run with `OMP_WAIT_POLICY=passive`
+//! tch 0.24 wants libtorch 2.11.0. CUDA is opened at run time by [`device::best`] and [`device::parse`], with no linker flags: ask
+//! one of these before all else that is done with tch, seeds included. On a CPU that other programs use, too, run with `OMP_WAIT_POLICY=passive`
 //! and `GOMP_SPINCOUNT=1000`: libtorch's threads otherwise spin while they wait, which there made runs two to four times slower.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods))]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]

@@ -33,7 +33,7 @@ impl<L: Loss + ?Sized> Loss for Box<L> {
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct AdLoss {
-    /// `s`; above 1 the ideal output attends to fewer style tokens, more sharply. 1 is the paper's.
+    /// `s`; above 1 the ideal output, `Attn(s Q, Ks, Vs)`, attends to fewer style tokens, more sharply. 1 is the paper's.
     pub sharpness: f64,
 }
 

@@ -118,7 +118,7 @@ impl LabelMap {
         Ok(Self { areas, labels: labels.into(), left_out: Arc::new([]), painted, identity: Identity::default() })
     }
 
-    /// The labels that occur, in ascending order. A part of a map, and one of fewer pixels, has those of the whole.
+    /// The labels that occur, in ascending order. A part or a smaller copy of a map keeps those of the whole.
     pub fn labels(&self) -> &[i64] {
         &self.labels
     }

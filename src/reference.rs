@@ -12,7 +12,7 @@ pub struct Style<T = Tensor> {
     pub of: T,
     /// `w`, at least 0: its tokens count as if each were there so many times. Only ratios matter: 2 and 1 are the same as the
     /// first style listed twice, and a single style's weight is without effect. A style of weight 0 counts for nothing: a run draws no
-    /// noise and makes no pass for it. What is not 0 is to be within 1.2e-38 to 3.4e38, as f32 has it; so are the weights below.
+    /// noise and makes no pass for it. Weights that are not 0, here and below, must lie between 1.2e-38 and 3.4e38, the range of f32.
     pub weight: f64,
     /// Of the style's pixels. A style without labels serves every region of the picture.
     pub labels: Option<LabelMap>,
@@ -102,7 +102,7 @@ impl Style {
 /// [`Style::matches`] says, times [`Style::area_weights`]; and `w_r` is [`Style::weight`]. So by default like attends to like.
 /// Soft maps let 1e-6 of everything through.
 ///
-/// A token that is to see nothing sees every style as a whole: that happens where a region is too small for the coarse grid of
+/// A token that may attend to no style's token attends to all of every style: that happens where a region is too small for the coarse grid of
 /// a layer, and for labels that no style has, if that is [allowed](Self::allow_missing_labels).
 ///
 /// Labels of the picture need a style that has some, or area weights; labels of a style need labels of the picture.
@@ -118,7 +118,7 @@ pub struct References<T = Tensor> {
     pub content: Option<T>,
     /// Of the picture being made, whatever its size: one map for all of the batch, or one for each.
     pub labels: Option<LabelMap>,
-    /// Whether a label of the picture that no style has is no error: such places see every style as a whole. A style that has maps of
+    /// Allows the picture to have labels that no style has: such places see every style as a whole. A style that has maps of
     /// its own for each picture of a batch has what any of them has; a picture whose map lacks it sees every style there.
     pub allow_missing_labels: bool,
     /// What labels and weights come to, for these references and all that are made from them.

@@ -53,6 +53,11 @@ use text::Text;
 const LAST_LAYERS: usize = 6;
 
 /// U-Net, autoencoder, text encoders and schedule of one model.
+///
+/// [`open`](Self::open) a folder; take its [`settings`](Self::settings) for a task; [`encode`](Self::encode) pictures to latents; give an
+/// [`extractor`](Self::extractor) and the [`timesteps`](Self::timesteps) to a [`Distiller`](crate::Distiller), or the schedule
+/// ([`ddim`](Self::ddim)) and prompts ([`guidance`](Self::guidance)) to a [`GuidedSampler`](crate::GuidedSampler); and
+/// [`decode`](Self::decode) what these made.
 #[derive(Debug)]
 pub struct StableDiffusion {
     unet: UNet,
@@ -269,8 +274,8 @@ impl StableDiffusion {
     /// The schedule in so many steps.
     ///
     /// # Errors
-    /// Steps of 0, or so many that they reach beyond the timesteps that the model was trained with (with an offset of 1, as Stable
-    /// Diffusion has, as many as these do).
+    /// 0 steps, or more than the timesteps that the model was trained with (with an offset of 1, as Stable Diffusion has, already as
+    /// many as these).
     pub fn ddim(&self, steps: usize) -> Result<Ddim> {
         Ddim::new(&self.schedule, steps)
     }

@@ -78,7 +78,7 @@ pub struct Windows {
     pub batch: usize,
     /// The noise on the references: `true` is the authors' way, new noise (and AdaIN's, where that is on) for each batch of views,
     /// and so a forward pass per style, too. `false`, the default, draws once in a step, where the first batch would, for all views:
-    /// less work, and with Adam, to which the scale of gradients is nothing (but for its epsilon), nothing but roundings depends on `batch`.
+    /// less work, and with Adam, which does not mind the scale of gradients (apart from its epsilon), `batch` changes roundings only.
     /// To plain gradient descent the scale is all: losses are means over a batch, so that its views move by 1/`batch` of what one alone
     /// would, those of a smaller last batch by more; take a `batch` that divides the number of views. The noise on
     /// a content is then one for the whole canvas, too, so that views see the same where they overlap.
