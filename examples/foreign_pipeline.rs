@@ -51,6 +51,7 @@ impl Denoiser for Network {
 }
 
 fn main() -> Result<()> {
+    // For a GPU: `let device = attention_distillation::device::best();` here, before anything else is asked of tch.
     attention_distillation::tch::manual_seed(0);
     attention_distillation::tch::set_num_threads(1); // the network is too small for more
     let mut weights = nn::VarStore::new(Device::Cpu);

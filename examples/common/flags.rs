@@ -52,7 +52,7 @@ pub struct Shared {
     /// Of the autoencoder; default: f32, since half precisions show a little, and in f16 SDXL's overflows. bf16 is faster and takes less memory
     #[arg(long, value_name = "DTYPE")]
     pub vae_dtype: Option<String>,
-    /// Keep fewer activations and compute them anew: less memory, about a third slower
+    /// Keep fewer activations and compute them anew: less memory, a fifth to a third slower
     #[arg(long)]
     pub low_memory: bool,
     /// Also write inputs and result side by side
