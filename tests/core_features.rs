@@ -4,8 +4,8 @@
 mod toy;
 
 use attention_distillation::{
-    AttentionHook, AttentionKind, AttentionSite, DeferredHook, Denoiser, Error, FeatureExtractor, FeatureRecorder, Features, Guidance,
-    KeyValueInjection, PlainAttention, Qkv, References, Result, Style,
+    AdLoss, AttentionHook, AttentionKind, AttentionSite, DeferredHook, Denoiser, Error, FeatureExtractor, FeatureRecorder, Features, Guidance,
+    KeyValueInjection, Loss, PlainAttention, Qkv, References, Result, Style,
 };
 use std::{rc::Rc, sync::Arc};
 use tch::{Kind, Tensor};
@@ -194,6 +194,61 @@ fn a_prefix_of_text_tokens_counts() {
     assert!(FeatureRecorder::new(0..2).attend(&site, qkv()).is_err());
 }
 
+/// The toy, but that it scales its queries itself, and so asks for scores that are not scaled once more.
+struct Scaled<'t>(&'t Toy);
+
+impl Denoiser for Scaled<'_> {
+    type Condition = f64;
+    fn forward(&self, latents: &Tensor, timestep: f64, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        struct Scaling<'h>(&'h mut dyn AttentionHook);
+        impl AttentionHook for Scaling<'_> {
+            fn attend(&mut self, site: &AttentionSite, mut qkv: Qkv) -> Result<Tensor> {
+                qkv.query /= (qkv.query.size()[3] as f64).sqrt();
+                qkv.scale = Some(1.0);
+                self.0.attend(site, qkv)
+            }
+        }
+        self.0.run(latents, timestep, *condition, &mut Scaling(hook)).map_err(Error::denoiser)
+    }
+}
+
+#[test]
+fn a_network_that_scales_its_own_queries_is_the_same_to_all() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Double);
+    let (plain, scaled) = (toy::extractor(&toy), FeatureExtractor::new(Scaled(&toy), 1.0, 2..4));
+    let z = Tensor::cat(&[latents(1, 4, 6), latents(2, 4, 6)], 0);
+    let output = plain.denoiser.run(&z, 500.0, 1.0, &mut PlainAttention).unwrap();
+    assert!(relative(&scaled.denoiser.forward(&z, 500.0, &1.0, &mut PlainAttention).unwrap(), &output) < 1e-6);
+
+    let styles = References::styles([Style::new(latents(3, 6, 4)), Style::new(latents(4, 3, 5)).with_weight(2.0)]);
+    let wanted = plain.references(&styles, 500.0).unwrap();
+    let handles = |features: &Features| [features.try_map(|t| Ok(t.shallow_clone())).unwrap(), features.shallow_clone()];
+    let found = scaled.references(&styles, 500.0).unwrap();
+    let [mapped, cloned] = [0, 1].map(|i| found.try_map(|features| Ok(handles(features)[i].shallow_clone())).unwrap());
+    let picture = tch::no_grad(|| scaled.extract(&z, 500.0)).unwrap();
+    let pictures: Vec<_> = [picture.shallow_clone()].into_iter().chain(handles(&picture)).collect();
+    for sharpness in [1.0, 2.0] {
+        let loss = AdLoss::default().with_sharpness(sharpness);
+        let (value, gradient) = plain.gradient(&z, 500.0, &wanted, &loss).unwrap();
+        // The loss is taken in f32. Scores that are scaled twice move the gradient by 0.4.
+        let (own, of_own) = scaled.gradient(&z, 500.0, &found, &loss).unwrap();
+        assert!(relative(&own, &value) < 1e-6 && relative(&of_own, &gradient) < 1e-5, "{own} {value}, {}", relative(&of_own, &gradient));
+        for picture in &pictures {
+            assert!(relative(&loss.evaluate(picture, &found).unwrap(), &value) < 1e-6);
+        }
+    }
+    // Those of references are made when they are asked for, here.
+    for found in [mapped, cloned, found] {
+        for (wanted, found) in wanted.styles.iter().zip(&found.styles) {
+            for (wanted, found) in wanted.of.layers().zip(found.of.layers()) {
+                assert_eq!((wanted.scale, found.scale), (None, Some(1.0)));
+                assert!(relative(found.output().unwrap(), wanted.output().unwrap()) < 1e-12);
+            }
+        }
+    }
+}
+
 /// A network whose layers return bare tensors.
 struct Bare<'t>(&'t Toy);
 
@@ -231,6 +286,25 @@ fn a_deferred_hook_serves_a_network_of_bare_tensors() {
     let stopped = Bare(&toy).forward(&z, 300.0, &1.0, &mut FeatureRecorder::new(0..1));
     assert!(matches!(stopped, Err(Error::Stopped)));
     assert!(matches!(Features::extract(&Bare(&toy), &z, 300.0, &1.0, 4..7), Err(Error::MissingLayers { network: LAYERS, .. })));
+}
+
+#[test]
+fn a_deferred_hook_hands_on_mask_and_scale() {
+    tch::set_num_threads(1);
+    let [q, k, v] = [1, 2, 3].map(|seed| toy::noise(seed, &[1, 2, 6, 8]));
+    // Each token sees those before it.
+    let mask = Tensor::ones([6, 6], (Kind::Bool, tch::Device::Cpu)).tril(0);
+    for scale in [None, Some(1.0)] {
+        let mut qkv = Qkv::new(q.shallow_clone(), k.shallow_clone(), v.shallow_clone());
+        (qkv.mask, qkv.scale) = (Some(mask.shallow_clone()), scale);
+        let scores = q.matmul(&k.transpose(2, 3)) * scale.unwrap_or(1.0 / 8f64.sqrt());
+        let wanted = scores.masked_fill(&mask.logical_not(), f64::NEG_INFINITY).softmax(-1, None::<Kind>).matmul(&v);
+        let mut plain = PlainAttention;
+        let mut hook = DeferredHook::new(&mut plain);
+        let found = hook.attend(&AttentionSite::self_attention(0, (2, 3)), qkv);
+        assert!(relative(&found, &wanted) < 1e-6, "{scale:?}: {}", relative(&found, &wanted));
+        assert!(hook.finish(found).is_ok());
+    }
 }
 
 #[test]
@@ -403,8 +477,12 @@ fn guidance_moves_away_from_the_negative() {
     let (prompt, negative) = (predict(2.0), predict(-1.0));
     assert!(difference(&prompt, &negative) > 1e-3);
     let mut guidance = Guidance { prompt: 2.0, negative: Some(-1.0), scale: 7.5 };
-    let guided = toy.forward_guided(&z, 300.0, &guidance).unwrap();
-    assert!(relative(&guided, &(&negative + (&prompt - &negative) * 7.5)) < 1e-6);
+    // Below 1 it is between the two, at 0 the negative itself.
+    for scale in [0.0, 0.5, 7.5] {
+        guidance.scale = scale;
+        let guided = toy.forward_guided(&z, 300.0, &guidance).unwrap();
+        assert!(relative(&guided, &(&negative + (&prompt - &negative) * scale)) < 1e-6, "{scale}");
+    }
     let passes = |guidance: &Guidance<f64>| {
         let before = toy.forwards.get();
         assert_same(&toy.forward_guided(&z, 300.0, guidance).unwrap(), &prompt);

@@ -98,15 +98,16 @@ mod tests {
         tch::set_num_threads(1);
         let latents = Tensor::f_ones([2, 1, 1, 1], (tch::Kind::Float, tch::Device::Cpu))?;
         let ids = || Tensor::f_ones([1, 6], (tch::Kind::Float, tch::Device::Cpu));
-        for (prompt, negative, scale, passes) in [
-            (text(5, 3.0)?, Some(text(5, 1.0)?), 2.0, vec![4]),
-            (text(5, 3.0)?, Some(text(6, 1.0)?), 2.0, vec![2, 2]),
-            (text(5, 3.0)?, Some(text(5, 1.0)?.with_pooled(ids()?, ids()?)), 2.0, vec![2, 2]),
-            (text(5, 3.0)?, Some(text(5, 1.0)?), 1.0, vec![2]),
-            (text(5, 3.0)?, None, 2.0, vec![2]),
+        for (prompt, negative, scale, passes, wanted) in [
+            (text(5, 3.0)?, Some(text(5, 1.0)?), 2.0, vec![4], 5.0),
+            (text(5, 3.0)?, Some(text(5, 1.0)?), 0.5, vec![4], 2.0),
+            (text(5, 3.0)?, Some(text(5, 1.0)?), 0.0, vec![4], 1.0),
+            (text(5, 3.0)?, Some(text(6, 1.0)?), 2.0, vec![2, 2], 5.0),
+            (text(5, 3.0)?, Some(text(5, 1.0)?.with_pooled(ids()?, ids()?)), 2.0, vec![2, 2], 5.0),
+            (text(5, 3.0)?, Some(text(5, 1.0)?), 1.0, vec![2], 3.0),
+            (text(5, 3.0)?, None, 2.0, vec![2], 3.0),
         ] {
             let network = Network::default();
-            let wanted = if passes == [2] { 3.0 } else { 5.0 };
             let predicted = forward(&network, &latents, 1.0, &Guidance { prompt, negative, scale })?;
             assert_eq!(Vec::<f32>::try_from(predicted.f_view([-1])?)?, [wanted, wanted]);
             assert_eq!(*network.0.borrow(), passes);
