@@ -5,7 +5,7 @@ mod toy;
 
 use attention_distillation::{
     adain, fill, image, AdLoss, AttentionHook, AttentionSite, Ddim, DdimConfig, Denoiser, Distiller, Error, FeatureExtractor, Features, Guidance,
-    GuidedSampler, LabelMap, LayerFeatures, Loss, Noise, Optimizer, Qkv, References, Result, Style, Windows,
+    GuidedSampler, LabelMap, LayerFeatures, Loss, Noise, Optimizer, Qkv, References, Result, Scheduler, Style, Windows,
 };
 use tch::{Device, Kind, Tensor};
 use toy::{assert_same, assert_same_run, difference, extractor, features, latents, noise, number, relative, Toy};
@@ -761,6 +761,46 @@ fn runs_with_adain_by_region() {
         let left = |z: &Tensor| number(&z.narrow(3, 0, 3).mean(Kind::Float));
         let right = |z: &Tensor| number(&z.narrow(3, 5, 3).mean(Kind::Float));
         assert!(left(&found) > right(&found) + 1.0 && left(&turned) + 1.0 < right(&turned), "{windows:?}");
+    }
+}
+
+/// Regions finer than a view: the map of the whole canvas, laid over a view, would be another.
+#[test]
+fn adain_of_views_goes_by_their_part_of_the_map() {
+    let toy = toy();
+    let (canvas, start, labels) = ((6, 16), latents(1, 6, 16), stripes(&[1, 2, 1, 2, 1, 2, 1, 2], 6, 16));
+    let schedule = Ddim::new(&DdimConfig::default(), 4).unwrap();
+    let (t, next) = (schedule.timesteps()[0], schedule.next_timestep(0));
+    let references = || {
+        let one = Style::new(latents(2, 8, 4) * 3.0 + 1.0).with_area_weights([(2, 0.0)]);
+        let two = style(3, 6, 4).with_labels(map(&[2, 1, 2], 6, 4));
+        of([one, two])
+    };
+    let noised = references().try_map(|z| schedule.add_noise(z, &z.zeros_like(), next)).unwrap();
+    // In columns 0, 3, 6, 9 and 10, of which only the first begins where the canvas does.
+    let windows = Windows::new(6, 3);
+    let (mut sum, count) = (start.zeros_like(), start.zeros_like());
+    let mut squeezed = 0.0_f64;
+    for view in windows.views(canvas).unwrap() {
+        let part = |z: &Tensor| z.narrow(3, view.left, view.width);
+        let z = part(&start);
+        let z = schedule.step(0, &toy.forward_guided(&z, t, &Guidance::none(1.0)).unwrap(), &z).unwrap();
+        let by = |labels: &Tensor| noised.shallow_clone().with_labels(LabelMap::new(labels).unwrap()).adain(&z).unwrap();
+        let own = by(&part(&labels));
+        squeezed = squeezed.max(difference(&by(&labels), &own));
+        part(&sum).copy_(&(part(&sum) + own));
+        part(&count).copy_(&(part(&count) + 1.0));
+    }
+    assert!(squeezed > 1.0, "{squeezed}");
+    sum /= &count;
+    for batch in [1, 2, 8] {
+        let noise = Noise::from_fn(|like| Ok(like.zeros_like()));
+        let references = references().with_labels(LabelMap::new(&labels).unwrap());
+        let mut run = GuidedSampler::new(extractor(&toy), schedule.clone(), Guidance::none(1.0), references, start.shallow_clone(), noise);
+        run.optimizer.config.learning_rate = 0.0; // Without a descent there is no AdaIN.
+        (run.adain, run.iterations, run.windows) = (true, 1, Some(windows.with_batch(batch)));
+        run.advance().unwrap();
+        assert!(difference(&run.latents, &sum) < 1e-5, "{batch}: {}", difference(&run.latents, &sum));
     }
 }
 
