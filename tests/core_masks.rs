@@ -353,6 +353,48 @@ fn a_batch_of_maps_at(times: i64) {
     assert!(matches!(loss(&toy, &Tensor::cat(&pictures, 0), &three), Err(Error::Argument { argument: "labels", .. })));
 }
 
+/// Beside a style without a map, under one map of the picture. What one of the maps lacks is lacking for its picture alone.
+#[test]
+fn maps_of_a_style_for_each_picture_of_a_batch() {
+    let toy = toy();
+    let (pictures, both) = (noise(1, &[2, 4, 6, 9]), noise(3, &[2, 4, 4, 6]) * 3.0);
+    let theirs = [stripes(&[2, 1, 3], 4, 6), stripes(&[1, 3], 4, 6)];
+    for soft in [false, true] {
+        let map = |labels: &Tensor| match soft {
+            true => LabelMap::soft(&Tensor::cat(&[1, 2, 3].map(|label| labels.eq(label)), 1).to_kind(Kind::Float)).unwrap(),
+            false => LabelMap::new(labels).unwrap(),
+        };
+        let second = if soft { 1 } else { 2 };
+        // With 0 nothing has what the second map lacks: such places see both styles whole. Not above 1: AdaIN counts pixels
+        // relative to the smallest weight, which would be another beside the first map.
+        for (weight, mapped_first) in [(1.0, true), (0.0, true), (0.5, false)] {
+            let run = |pictures: &Tensor, of_mapped: &Tensor, labels: &Tensor| {
+                let mapped = Style::new(of_mapped.shallow_clone()).with_labels(map(labels));
+                let plain = Style::new(latents(5, 5, 4) - 2.0).with_area_weights([(second, weight)]);
+                let styles = if mapped_first { [mapped, plain] } else { [plain, mapped] };
+                let references = of(styles).with_labels(map(&stripes(&[1, 2, 3], 6, 9))).allow_missing_labels();
+                let mut run = Distiller::new(extractor(&toy), vec![1.0], references.with_content(latents(2, 6, 9)), pictures.shallow_clone());
+                run.adain = true;
+                let (value, gradient) = loss(&toy, pictures, &run.references).unwrap();
+                (number(&value), gradient, run.references.adain(pictures).unwrap(), run.targets().unwrap().content.unwrap())
+            };
+            let (value, gradient, moved, contents) = run(&pictures, &both, &Tensor::cat(&theirs, 0));
+            let alone = [0, 1].map(|i| run(&pictures.narrow(0, i, 1), &both.narrow(0, i, 1), &theirs[i as usize]));
+            let mean = (alone[0].0 + alone[1].0) / 2.0;
+            assert!((value - mean).abs() < ROUNDING * mean, "{value} and {mean}, soft: {soft}, {weight}");
+            for (i, alone) in (0..).zip(&alone) {
+                let off = relative(&(gradient.narrow(0, i, 1) * 2.0), &alone.1);
+                assert!(off < 1e-4, "picture {i}, soft: {soft}, {weight}: {off}");
+                for (together, alone) in [(&moved, &alone.2), (&contents, &alone.3)] {
+                    let off = difference(&together.narrow(0, i, 1), alone);
+                    assert!(off < 1e-5, "picture {i}, soft: {soft}, {weight}: {off}");
+                }
+            }
+            assert!(difference(&alone[0].3, &alone[1].3) > 0.5, "the maps do something");
+        }
+    }
+}
+
 /// A network with text before the grid, as a joint attention has it.
 struct Joint(Toy);
 
