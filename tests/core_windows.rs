@@ -5,8 +5,8 @@
 mod toy;
 
 use attention_distillation::{
-    adain, AdLoss, Adam, AttentionHook, Checkpoint, ContentLoss, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Guidance, GuidedSampler, Noise,
-    PlainAttention, References, Result, Scheduler, Style, TotalLoss, View, Windows,
+    adain, AdLoss, Adam, AttentionHook, Checkpoint, ContentLoss, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, GradientDescent, Guidance,
+    GuidedSampler, Noise, PlainAttention, References, Result, Scheduler, Style, TotalLoss, View, Windows,
 };
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
@@ -255,6 +255,53 @@ fn how_many_views_go_together_does_not_matter() {
                 let apart = number(&(found - wanted).abs().mean(Kind::Double));
                 assert!(apart < allowed, "{batch}: {apart}");
                 assert!((loss.unwrap_or(0.0) - wanted_loss.unwrap_or(0.0)).abs() < 1e-3, "{batch}: {loss:?}, {wanted_loss:?}");
+            }
+        }
+    }
+}
+
+/// Each step from the latents of the run in f32, as roundings grow from step to step; and by plain gradient descent, as Adam makes whole
+/// steps of them.
+#[test]
+fn steps_of_a_network_in_half_precision_are_nearly_those_in_f32() {
+    tch::set_num_threads(1);
+    let single = Toy::new(Kind::Float);
+    // Measured without and with windows: latents off by 0.015 and 0.013 of a step's way in f16 and by 0.090 and 0.073 in bf16, on
+    // average, losses by 4e-3 and 2.5e-2 at most. Other noise on the styles is 0.2 of the way.
+    for (kind, way_bound, loss_bound) in [(Kind::Half, 0.03, 1e-2), (Kind::BFloat16, 0.15, 5e-2)] {
+        let toy = Toy::new(kind);
+        for windows in [None, Some(windows())] {
+            let [mut exact, mut run] = [&single, &toy].map(|toy| sampler_of(toy, 4, windows).with_optimizer(GradientDescent { learning_rate: 1.0 }));
+            let mut off = 0.0;
+            for step in 0..4 {
+                let before = exact.latents.copy();
+                run.latents = before.copy();
+                let [wanted, loss] = [&mut exact, &mut run].map(|run| run.advance().unwrap().unwrap().loss().unwrap().unwrap());
+                assert!((loss - wanted).abs() < loss_bound * wanted, "{kind:?}, step {step}: {loss} and {wanted}");
+                assert_eq!(run.latents.kind(), Kind::Float);
+                off += number(&(&run.latents - &exact.latents).norm()) / number(&(&exact.latents - before).norm()) / 4.0;
+            }
+            assert!(off < way_bound, "{kind:?}, {windows:?}: {off}");
+        }
+    }
+}
+
+/// Whatever the latents that it was given, a run's own arithmetic is in f32.
+#[test]
+fn latents_given_in_half_precision_are_sampled_in_f32() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Double);
+    for kind in [Kind::Half, Kind::BFloat16] {
+        let given = latents(5, CANVAS.0, CANVAS.1).to_kind(kind);
+        for (windows, adain) in [(None, false), (None, true), (Some(windows()), false), (Some(windows()), true)] {
+            let made = |start: Tensor| {
+                let mut run = sampler_of(&toy, 2, windows);
+                (run.latents, run.adain) = (start, adain);
+                steps(&mut run)
+            };
+            for ((found, _), (wanted, _)) in made(given.shallow_clone()).iter().zip(made(given.to_kind(Kind::Float))) {
+                assert_eq!(found.kind(), Kind::Float, "{windows:?}, AdaIN: {adain}");
+                assert_same_run(found, &wanted);
             }
         }
     }

@@ -28,7 +28,12 @@ fn case(name: &str, change: impl FnOnce(&mut Value)) -> Result<(), f64> {
     let expected = Expected::read(name);
     let mut comparison = Comparison::default();
 
-    let model = StableDiffusion::open(fixture("sd15"), Device::Cpu, Kind::Float).unwrap();
+    let (kind, losses_off, levels_off) = match case["kind"].as_str() {
+        Some("f16") => (Kind::Half, 4e-3, 1.0),
+        Some("bf16") => (Kind::BFloat16, 1e-2, 2.0),
+        _ => (Kind::Float, LOSSES, GREY_LEVELS),
+    };
+    let model = StableDiffusion::open(fixture("sd15"), Device::Cpu, kind).unwrap();
     let size = (case["size"][1].as_i64().unwrap(), case["size"][0].as_i64().unwrap());
     let mut encode = |picture: &str| {
         let latents = model.encode(expected.get(picture)).unwrap();
@@ -68,6 +73,7 @@ fn case(name: &str, change: impl FnOnce(&mut Value)) -> Result<(), f64> {
     let mut losses = vec![];
     while let Some(progress) = run.advance().unwrap() {
         losses.push(progress.loss().unwrap().unwrap());
+        assert_eq!(run.latents.kind(), Kind::Float);
     }
     let mut wanted = expected.get("losses").to_kind(Kind::Double);
     if let Some(views) = views {
@@ -75,14 +81,14 @@ fn case(name: &str, change: impl FnOnce(&mut Value)) -> Result<(), f64> {
         let views = Tensor::from_slice(&views.iter().map(|&count| count as f64).collect::<Vec<_>>());
         wanted = wanted.matmul(&(&views / views.sum(Kind::Double)));
     }
-    comparison.close("losses", &Tensor::from_slice(&losses), &wanted, LOSSES);
+    comparison.close("losses", &Tensor::from_slice(&losses), &wanted, losses_off);
     println!("final latents off by {:.2e}", relative(&run.latents, expected.get("latents")));
     let (ours, picture) = (model.decode(&run.latents).unwrap(), expected.get("picture"));
     assert_eq!(ours.size(), picture.size());
     let levels = (ours - picture).abs().mean(Kind::Float).double_value(&[]) * 255.0;
     println!("{name}: off by {levels:.4} grey levels on average");
-    if levels.is_nan() || levels > GREY_LEVELS {
-        comparison.fail(format!("{name}: off by {levels:.3} grey levels on average, {GREY_LEVELS} are allowed"));
+    if levels.is_nan() || levels > levels_off {
+        comparison.fail(format!("{name}: off by {levels:.3} grey levels on average, {levels_off} are allowed"));
     }
     std::panic::catch_unwind(|| comparison.finish()).map_err(|_| levels)
 }
@@ -114,6 +120,17 @@ fn expansion_with_regions() {
 #[test]
 fn edited_layout() {
     case("texture_edit", |_| ()).unwrap();
+}
+
+/// Against the references of f32, whole and by views. Measured: losses off by 1.5e-3 in f16 and 4e-3 in bf16, pictures by 0.52 and 1.1
+/// grey levels at most. In f16 a learning rate off by a fifth moves losses by 8e-3 and more, one iteration less pictures by 1.2 levels.
+#[test]
+fn half_precisions() {
+    for name in ["texture_sample", "texture_expansion", "texture_expansion_masked"] {
+        for kind in ["f16", "bf16"] {
+            case(name, |case| case["kind"] = kind.into()).unwrap();
+        }
+    }
 }
 
 /// Each of these slips makes another picture, or the tests above would show nothing.
