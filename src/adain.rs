@@ -33,6 +33,7 @@ impl References {
     /// let through). In soft maps a pixel is moved as its areas are, by its share of each. A region that sees fewer than two
     /// pixels takes the statistics of the styles as a whole, and one that has fewer than two pixels is moved as if it had those
     /// of the picture. Where regions and weights change nothing of the losses, as one label throughout, the styles are taken as a whole.
+    /// Whether that is so, and which weight is the smallest, is decided for a batch as a whole, where its pictures have maps of their own.
     ///
     /// # Errors
     /// As [`adain`]; weights, labels and matches that do not go together, as in the losses; labels, but latents of tokens, of which
