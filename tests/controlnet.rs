@@ -15,6 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 const SIZE: (i64, i64) = (64, 64);
 const TIMESTEP: f64 = 501.0;
+const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
 
 fn random(seed: u64, shape: &[i64]) -> Tensor {
     Noise::seeded(seed).draw(&Tensor::zeros(shape, (Kind::Float, Device::Cpu))).unwrap()
@@ -125,6 +126,31 @@ fn stacked_controls_add_up() {
     let once = text(2, 1, 5).with_control(control(&model, 3).with_strength(0.75).unwrap());
     let off = relative(&predict(&model, &twice), &predict(&model, &once));
     assert!(off < 1e-5, "{off}");
+}
+
+/// Two ControlNets in one model, of which the second has all weights of the first with the other sign.
+#[test]
+fn each_control_is_by_its_own_net() {
+    let copy = ModelCopy::of("controlnet_sd15");
+    copy.weights(WEIGHTS, |file| {
+        assert!(file.header.values().all(|info| info["dtype"].as_str().is_none_or(|kind| kind == "F16")), "other signs are elsewhere");
+        file.data.iter_mut().skip(1).step_by(2).for_each(|byte| *byte ^= 0x80);
+    });
+    let (mut model, mut alone) = (model(), StableDiffusion::open(fixture("sd15"), Device::Cpu, Kind::Float).unwrap());
+    assert_eq!(model.add_controlnet(open(copy.folder()).unwrap()).unwrap(), 1);
+    assert_eq!(alone.add_controlnet(open(copy.folder()).unwrap()).unwrap(), 0);
+    let by = |model: &StableDiffusion, nets: &[usize]| {
+        let control = |net: usize| model.control(net, &picture(3, SIZE), SIZE).unwrap();
+        assert!(nets.iter().all(|&net| control(net).net() == net));
+        predict(model, &nets.iter().fold(text(2, 1, 5), |condition, &net| condition.with_control(control(net))))
+    };
+    let off = relative(&by(&model, &[1]), &by(&alone, &[0]));
+    assert!(off < 1e-5, "{off}");
+    // Neither stands in for the other, alone or beside it.
+    for (nets, others) in [([0].as_slice(), [1].as_slice()), (&[0, 1], &[0, 0]), (&[0, 1], &[1, 1])] {
+        let off = relative(&by(&model, nets), &by(&model, others));
+        assert!(off > 0.01, "{nets:?} and {others:?}: {off}");
+    }
 }
 
 #[test]
@@ -292,7 +318,7 @@ fn settings_that_are_not_built() {
 #[test]
 fn weights_that_are_missing() {
     let copy = ModelCopy::of("controlnet_sd15");
-    let file = "diffusion_pytorch_model.safetensors";
+    let file = WEIGHTS;
     let tensors = ["controlnet_cond_embedding.blocks.5.weight", "controlnet_down_blocks.11.bias", "controlnet_mid_block.weight"];
     let sound = copy.read(file);
     for tensor in tensors {

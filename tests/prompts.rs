@@ -60,20 +60,38 @@ fn an_absent_negative_is_empty_or_zeros() {
     assert!(same(&frost.text, &sdxl.prompts(&["frost"], SIZE).unwrap().text));
 }
 
-/// It stays, whatever its effect: scale and controls may change later.
+/// It stays, whatever its effect: scale and controls may change later. Where it says what all prompts say it is their condition, and
+/// one of them alone is not enough for that.
 #[test]
 fn there_is_always_a_negative() {
     let (sd15, sdxl) = (open("sd15"), open("sdxl"));
-    for (model, prompts, negative, scale) in [
-        (&sd15, &["a mill"][..], Some("frost"), 1.0),
-        (&sd15, &["a mill"], Some("frost"), 0.0),
-        (&sd15, &["", ""], None, 7.5),
-        (&sd15, &["frost", "a mill"], Some("frost"), 7.5),
-        (&sdxl, &[""], None, 7.5),
-        (&sdxl, &[""], Some(""), 7.5),
+    for (model, prompts, negative, scale, shared) in [
+        (&sd15, &["a mill"][..], Some("frost"), 1.0, false),
+        (&sd15, &["a mill"], Some("frost"), 0.0, false),
+        (&sd15, &["", ""], None, 7.5, true),
+        (&sd15, &["", "a mill"], None, 7.5, false),
+        (&sd15, &["frost", "frost"], Some("frost"), 7.5, true),
+        (&sd15, &["frost", "a mill"], Some("frost"), 7.5, false),
+        (&sd15, &["a mill", "frost"], Some("frost"), 7.5, false),
+        (&sdxl, &[""], Some(""), 7.5, true),
+        (&sdxl, &["", "a mill"], Some(""), 7.5, false),
     ] {
-        assert!(model.guidance(prompts, negative, scale, SIZE).unwrap().negative.is_some(), "{prompts:?} {negative:?} {scale}");
+        let guidance = model.guidance(prompts, negative, scale, SIZE).unwrap();
+        let (prompt, found) = (guidance.prompt, guidance.negative.unwrap());
+        let case = format!("{prompts:?} {negative:?} {scale}");
+        assert_eq!(found.text.data_ptr() == prompt.text.data_ptr(), shared, "{case}");
+        if shared {
+            assert_eq!(found.text.size(), prompt.text.size(), "{case}");
+        }
+        // One for all of them, or each its own copy.
+        let wanted = model.prompts(&vec![negative.unwrap_or(""); if shared { prompts.len() } else { 1 }], SIZE).unwrap();
+        assert!(same(&found.text, &wanted.text), "{case}");
+        assert!(found.pooled.zip(wanted.pooled).is_none_or(|(found, wanted)| same(&found, &wanted)), "{case}");
     }
+    // Zeros, which are not what the empty prompt says.
+    let zeros = sdxl.guidance(&[""], None, 7.5, SIZE).unwrap();
+    let found = zeros.negative.unwrap();
+    assert!(found.text.abs().max().double_value(&[]) == 0.0 && !same(&found.text, &zeros.prompt.text));
     for scale in [f64::NAN, f64::INFINITY, -0.5] {
         assert!(matches!(sd15.guidance(&["a mill"], None, scale, SIZE), Err(Error::Argument { argument: "guidance", .. })));
     }
