@@ -282,3 +282,49 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::soundness::tests::{alike, deferred, Net};
+    use crate::Noise;
+    use tch::Device;
+
+    fn distiller(net: &Net) -> Result<Distiller<&Net>> {
+        let (like, mut noise) = (Tensor::f_zeros([1, 4, 3, 5], (Kind::Float, Device::Cpu))?, Noise::seeded(7));
+        let (references, latents) = (References::style(noise.draw(&like)?), noise.draw(&like)?);
+        let mut run = Distiller::new(FeatureExtractor::new(net, (), 0..1), vec![801.0, 601.0, 401.0, 201.0], references, latents);
+        (run.iterations, run.soundness) = (2, deferred());
+        Ok(run)
+    }
+
+    #[test]
+    fn nan_that_is_found_late_leads_back_to_the_last_sound_step() -> Result<()> {
+        tch::set_num_threads(1);
+        let net = Net::default();
+        // In a middle step and in the last; found at the end, or where somebody asks.
+        for (index, asked) in [(1, false), (1, true), (3, false)] {
+            let (mut run, mut undisturbed) = (distiller(&net)?, distiller(&net)?);
+            for _ in 0..index {
+                let _ = undisturbed.advance()?;
+            }
+            net.nan_at.set(run.timesteps.get(index).copied());
+            let outcome = if asked {
+                for _ in 0..=index {
+                    assert!(run.advance()?.is_some(), "as on a GPU, a step does not tell");
+                }
+                run.checkpoint().map(drop)
+            } else {
+                run.finish().map(drop)
+            };
+            net.nan_at.set(None);
+            let Err(Error::NotFinite { step, timestep, .. }) = outcome else { panic!("{outcome:?}") };
+            assert_eq!((step, Some(&timestep), run.step), (index + 1, run.timesteps.get(index), index));
+            assert!(alike(&run.latents, &undisturbed.latents)?, "{index} {asked}");
+            // The moments of Adam, which are NaN, begin anew.
+            undisturbed.optimizer.reset();
+            assert!(alike(&run.finish()?, &undisturbed.finish()?)?, "{index} {asked}");
+        }
+        Ok(())
+    }
+}

@@ -296,3 +296,73 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optimizer::copy;
+    use crate::soundness::tests::{alike, deferred, Net};
+    use crate::{Ddim, DdimConfig};
+    use tch::{Device, Kind};
+
+    const STEPS: usize = 4;
+
+    fn sampler(net: &Net, custom: bool) -> Result<GuidedSampler<&Net>> {
+        let (like, mut noise) = (Tensor::f_zeros([1, 4, 3, 5], (Kind::Float, Device::Cpu))?, Noise::seeded(7));
+        let (references, latents) = (References::style(noise.draw(&like)?), noise.draw(&like)?);
+        if custom {
+            let mut seeded = noise;
+            noise = Noise::from_fn(move |like| seeded.draw(like));
+        }
+        let (extractor, scheduler) = (FeatureExtractor::new(net, (), 0..1), Ddim::new(&DdimConfig::default(), STEPS)?);
+        let mut run = GuidedSampler::new(extractor, scheduler, Guidance::none(()), references, latents, noise);
+        run.soundness = deferred();
+        Ok(run)
+    }
+
+    /// Latents and noise as they are now.
+    fn place(run: &GuidedSampler<&Net>) -> Result<(Tensor, Option<Tensor>)> {
+        Ok((copy(&run.latents)?, run.noise.state()?))
+    }
+
+    /// The noise of the last step comes back with it; that of an earlier one, behind which more was drawn, is the caller's to bring back.
+    #[test]
+    fn nan_that_is_found_late_leads_back_to_the_last_sound_step() -> Result<()> {
+        tch::set_num_threads(1);
+        let net = Net::default();
+        let mut undisturbed = sampler(&net, false)?;
+        let mut sound = vec![place(&undisturbed)?];
+        while undisturbed.advance()?.is_some() {
+            sound.push(place(&undisturbed)?);
+        }
+        // Found at the end, or where somebody asks.
+        for (index, asked, noise_of) in [(1, false, STEPS), (1, true, 2), (STEPS - 1, false, STEPS - 1)] {
+            for custom in [false, true] {
+                let mut run = sampler(&net, custom)?;
+                // Where the descents of this step are, of which the loss is then NaN, too.
+                net.nan_at.set(Some(run.scheduler.next_timestep(index)));
+                let outcome = if asked {
+                    for _ in 0..=index {
+                        assert!(run.advance()?.is_some(), "as on a GPU, a step does not tell");
+                    }
+                    run.checkpoint().map(drop)
+                } else {
+                    run.finish().map(drop)
+                };
+                net.nan_at.set(None);
+                let Err(Error::NotFinite { step, timestep, .. }) = outcome else { panic!("{outcome:?}") };
+                assert_eq!((step, Some(&timestep), run.step), (index + 1, run.scheduler.timesteps().get(index), index));
+                let (latents, noise) = sound.get(index).unwrap_or_else(|| panic!("no step {index}"));
+                assert!(alike(&run.latents, latents)?, "{index} {asked}");
+                if !custom {
+                    assert_eq!(run.noise.state()?, sound.get(noise_of).and_then(|(_, noise)| noise.as_ref().map(Tensor::shallow_clone)));
+                    run.noise.load_state(noise.as_ref())?;
+                }
+                if !custom || noise_of == index {
+                    assert!(alike(&run.finish()?, &undisturbed.latents)?, "{index} {asked} {custom}");
+                }
+            }
+        }
+        Ok(())
+    }
+}

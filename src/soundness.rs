@@ -56,8 +56,41 @@ impl Soundness {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::scalar::WithNumber;
+    use crate::{AttentionHook, AttentionSite, Denoiser, Qkv};
+    use std::cell::Cell;
+
+    /// As on a GPU.
+    pub(crate) fn deferred() -> Soundness {
+        Soundness { always_deferred: true, ..Soundness::default() }
+    }
+
+    /// A layer of attention among the pixels. In f64, so that two runs are the same up to a rounding of f32.
+    #[derive(Default)]
+    pub(crate) struct Net {
+        /// At this timestep all is NaN.
+        pub(crate) nan_at: Cell<Option<f64>>,
+    }
+
+    impl Denoiser for Net {
+        type Condition = ();
+
+        fn forward(&self, latents: &Tensor, timestep: f64, (): &(), hook: &mut dyn AttentionHook) -> Result<Tensor> {
+            let (_, _, height, width) = latents.size4()?;
+            let scale = if self.nan_at.get() == Some(timestep) { f64::NAN } else { 1.0 + timestep / 1000.0 };
+            let tokens = latents.f_to_kind(Kind::Double)?.times(scale)?.f_flatten(2, 3)?.f_transpose(1, 2)?.f_unsqueeze(1)?;
+            let qkv = Qkv::new(tokens.f_sin()?, tokens.f_cos()?, tokens);
+            let attended = hook.attend(&AttentionSite::self_attention(0, (height, width)), qkv)?;
+            Ok(attended.f_squeeze_dim(1)?.f_transpose(1, 2)?.f_reshape(latents.size())?.f_to_kind(Kind::Float)?)
+        }
+    }
+
+    /// Of two runs that do the same work; NaN is like nothing.
+    pub(crate) fn alike(a: &Tensor, b: &Tensor) -> Result<bool> {
+        Ok(a.f_allclose(b, 0.0, 1e-5, false)?)
+    }
 
     fn number(value: f32) -> Tensor {
         Tensor::from(value)
@@ -66,7 +99,7 @@ mod tests {
     #[test]
     fn the_first_unsound_step_is_kept_and_later_ones_change_nothing() -> Result<()> {
         tch::set_num_threads(1);
-        let mut watch = Soundness { always_deferred: true, ..Soundness::default() };
+        let mut watch = deferred();
         let one = watch.judge(&number(0.0), number(1.0), Some(&number(0.5)), 1, 901.0)?;
         assert_eq!(one.double_value(&[]), 1.0);
         assert_eq!(watch.first_unsound()?, None);
