@@ -12,7 +12,7 @@ use std::sync::{
     Arc, Mutex,
 };
 use tch::{Device, Kind, Tensor};
-use toy::{assert_same, assert_same_run, difference, extractor, latents, noise, number, Toy, Trouble};
+use toy::{assert_same, assert_same_run, difference, extractor, features, latents, noise, number, Toy, Trouble};
 
 fn ddim(steps: usize) -> Ddim {
     Ddim::new(&DdimConfig::default(), steps).unwrap()
@@ -155,6 +155,17 @@ fn each_timestep_below_the_start_time_has_a_fresh_optimizer() {
     // At 751, 501, 251 and 1: below 501 are two.
     assert_eq!(losses, [false, false, true, true]);
     assert_eq!(*steps.lock().unwrap(), ["reset", "step", "step"].repeat(2));
+}
+
+/// With fewer than 500 steps every timestep is below it.
+#[test]
+fn descents_begin_with_the_first_step_unless_told_otherwise() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let mut run = sampler(&toy, 20);
+    assert_eq!(run.start_time, 999.0);
+    let first = run.advance().unwrap().unwrap();
+    assert_eq!((first.timestep, first.loss().unwrap().is_some()), (951.0, true));
 }
 
 #[test]
@@ -429,11 +440,14 @@ fn settings_are_taken_over() {
     assert_eq!((run.iterations, run.adain, run.optimizer.config.learning_rate), (3, true, 0.015));
     assert_eq!(run.guidance.scale, 7.5);
     // The losses are set, not added to those that are there; without a content there is no content loss.
-    let weights = |run: &GuidedSampler<&Toy>| format!("{:?}", run.loss);
-    assert!(weights(&run).contains("[1.0, 0.25]"), "{}", weights(&run));
+    let (picture, references) = (features(&toy, &run.latents), extractor(&toy).references(&references(), 500.0).unwrap());
+    let value = |loss: &dyn Loss| number(&loss.evaluate(&picture, &references).unwrap());
+    let (ad, content) = (value(&AdLoss::default()), value(&ContentLoss));
+    let (found, wanted) = (value(&run.loss), ad + 0.25 * content);
+    assert!((found - wanted).abs() < 1e-5 * wanted, "{found} of {ad} and {content}");
     let mut alone = sampler(&toy, 4);
     alone.references.content = None;
-    assert!(weights(&alone.with_settings(&Settings::text_to_image()).unwrap()).contains("[1.0]"));
+    assert_eq!(value(&alone.with_settings(&Settings::text_to_image()).unwrap().loss), ad);
     let mut settings = Settings::style_transfer_by_sampling();
     settings.iterations = 0;
     assert_eq!(sampler(&toy, 4).with_settings(&settings).unwrap().iterations, 0);
