@@ -3,6 +3,7 @@
 #![cfg(feature = "stable-diffusion")]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
 
+mod listening;
 mod model_copy;
 
 use attention_distillation::stable_diffusion::{scheduler_config, AutoencoderKl, ClipTextModel, ClipTokenizer, Condition, ControlNet, UNet};
@@ -10,14 +11,12 @@ use attention_distillation::{
     Adam, AdamConfig, AttentionHook, AttentionKind, AttentionSite, Ddim, Denoiser, Distiller, Error, FeatureExtractor, PlainAttention, Qkv,
     References, Result, Scheduler, Settings, StableDiffusion,
 };
+use listening::told;
 use model_copy::{header_length, ModelCopy, Safetensors, TEXT, UNET, VAE};
 use serde_json::{json, Value};
-use std::cell::RefCell;
 use std::fs;
-use std::io::Write;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::Once;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
@@ -1515,40 +1514,6 @@ fn good_settings_of_a_folder_for_sampling() {
 }
 
 // ---- what is told through tracing
-
-thread_local! {
-    /// What this thread was told while it listened.
-    static HEARD: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
-}
-
-struct Ear;
-
-impl Write for Ear {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        HEARD.with_borrow_mut(|heard| heard.iter_mut().for_each(|heard| heard.extend_from_slice(bytes)));
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// What `work` tells at this level or above, and what it returns. One subscriber serves all threads for good: levels
-/// are process-wide, and those of a subscriber for a while would be lost to tests on other threads.
-fn told<T>(level: tracing::Level, work: impl FnOnce() -> T) -> (String, T) {
-    static LISTEN: Once = Once::new();
-    LISTEN.call_once(|| {
-        let everything = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false).with_writer(|| Ear).finish();
-        tracing::subscriber::set_global_default(everything).unwrap();
-    });
-    HEARD.set(Some(vec![]));
-    let outcome = work();
-    let text = String::from_utf8(HEARD.take().unwrap()).unwrap();
-    let levels = [tracing::Level::ERROR, tracing::Level::WARN, tracing::Level::INFO, tracing::Level::DEBUG];
-    let wanted = |line: &str| levels.iter().filter(|l| **l <= level).any(|l| line.contains(&format!(" {l} ")));
-    (text.lines().filter(|line| wanted(line)).map(|line| format!("{line}\n")).collect(), outcome)
-}
 
 #[test]
 fn unused_tensors_are_reported() {

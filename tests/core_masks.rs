@@ -1,12 +1,14 @@
 //! Regions, soft maps and weights of styles on the toy network, against what they must equal.
 #![allow(clippy::disallowed_methods, missing_docs)] // A test may panic.
 
+mod listening;
 mod toy;
 
 use attention_distillation::{
     adain, fill, image, AdLoss, AttentionHook, AttentionSite, Ddim, DdimConfig, Denoiser, Distiller, Error, FeatureExtractor, Features, Guidance,
     GuidedSampler, LabelMap, LayerFeatures, Loss, Noise, Optimizer, Qkv, References, Result, Scheduler, Style, Windows,
 };
+use listening::told;
 use tch::{Device, Kind, Tensor};
 use toy::{assert_same, assert_same_run, difference, extractor, features, latents, noise, number, relative, Toy};
 
@@ -612,27 +614,6 @@ fn smooth_edges_and_jpegs() {
     let (told, map) = told(tracing::Level::WARN, || LabelMap::from_picture(&sharp).unwrap());
     assert_eq!(map.labels().len(), 3);
     assert!(told.contains("#b2b2b2") && told.contains("antialiasing"), "{told}");
-}
-
-/// What is said through tracing, at this level or above it.
-fn told<T>(level: tracing::Level, work: impl FnOnce() -> T) -> (String, T) {
-    #[derive(Clone, Default)]
-    struct Ear(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
-    impl std::io::Write for Ear {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend(bytes);
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-    let ear = Ear::default();
-    let heard = ear.clone();
-    let subscriber = tracing_subscriber::fmt().with_max_level(level).with_ansi(false).with_writer(move || ear.clone()).finish();
-    let result = tracing::subscriber::with_default(subscriber, work);
-    let bytes = heard.0.lock().unwrap().clone();
-    (String::from_utf8(bytes).unwrap(), result)
 }
 
 /// Two grids of layers make two biases, whatever the iterations and timesteps.
