@@ -36,7 +36,7 @@ enum Method {
 }
 
 fn main() -> ExitCode {
-    common::show_warnings();
+    common::begin();
     common::report(run(&Flags::parse()))
 }
 

@@ -39,7 +39,7 @@ struct Flags {
 }
 
 fn main() -> ExitCode {
-    common::show_warnings();
+    common::begin();
     common::report(run(&Flags::parse()))
 }
 

@@ -161,6 +161,7 @@ pub use guided_sampler::GuidedSampler;
 pub use injection::KeyValueInjection;
 pub use loss::{AdLoss, ContentLoss, Loss, TotalLoss};
 pub use mask::LabelMap;
+pub use memory::keep_freed_memory;
 pub use noise::Noise;
 pub use optimizer::{Adam, AdamConfig, GradientDescent, Optimizer, OptimizerState};
 pub use progress::Progress;

@@ -18,6 +18,7 @@ mod guidance;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod layers;
+mod linear;
 mod prompts;
 mod resnet;
 mod schedule;

@@ -23,7 +23,7 @@ pub use regions::RegionFlags;
 pub use run::Run;
 pub use tile::Tile;
 
-use attention_distillation::{image, tch::Tensor, Error, FeatureExtractor, References, Result, Settings, StableDiffusion, Style};
+use attention_distillation::{image, keep_freed_memory, tch::Tensor, Error, FeatureExtractor, References, Result, Settings, StableDiffusion, Style};
 use std::{fmt::Display, io::IsTerminal, io::Write, path::PathBuf, process::ExitCode};
 
 /// A line to stderr. `eprintln!` would panic where the reader has gone, and what was made so far would be lost.
@@ -49,8 +49,9 @@ pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
     }
 }
 
-/// The library warns through `tracing`; here that goes to stderr.
-pub fn show_warnings() {
+/// What each example begins with. The library warns through `tracing`; here that goes to stderr.
+pub fn begin() {
+    keep_freed_memory();
     tracing_subscriber::fmt()
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
         .with_writer(std::io::stderr)

@@ -1,7 +1,8 @@
 //! `CLIPTextModel` and `CLIPTextModelWithProjection`: token ids to text embeddings, from their `config.json`.
 
 use super::config::Config;
-use super::layers::{merge_heads, split_heads, Activation, LayerNorm, Linear};
+use super::layers::{merge_heads, split_heads, Activation, LayerNorm};
+use super::linear::Linear;
 use super::weights::{Scope, Weights};
 use crate::scalar::integer;
 use crate::{attention::scaled_dot_product, Error, Result};

@@ -1,6 +1,7 @@
 //! Timesteps as vectors.
 
-use super::layers::{Activation, Linear};
+use super::layers::Activation;
+use super::linear::Linear;
 use super::weights::Scope;
 use crate::scalar::WithNumber;
 use crate::Result;

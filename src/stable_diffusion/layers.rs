@@ -6,31 +6,6 @@ use crate::scalar::WithNumber;
 use crate::Result;
 use tch::Tensor;
 
-/// `x W^T + b` over the last axis.
-#[derive(Debug)]
-pub(crate) struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl Linear {
-    pub(crate) fn new(at: &Scope<'_>, inputs: i64, outputs: i64) -> Result<Self> {
-        Ok(Self { weight: at.tensor("weight", &[outputs, inputs])?, bias: Some(at.tensor("bias", &[outputs])?) })
-    }
-
-    pub(crate) fn without_bias(at: &Scope<'_>, inputs: i64, outputs: i64) -> Result<Self> {
-        Ok(Self { weight: at.tensor("weight", &[outputs, inputs])?, bias: None })
-    }
-
-    pub(crate) fn outputs(&self) -> i64 {
-        self.weight.size().first().copied().unwrap_or(0)
-    }
-
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
-    }
-}
-
 /// A square convolution.
 #[derive(Debug)]
 pub(crate) struct Conv2d {

@@ -1,6 +1,7 @@
 //! Residual blocks, and the convolutions that halve and double a picture's sides.
 
-use super::layers::{Activation, Conv2d, GroupNorm, Linear, Padding};
+use super::layers::{Activation, Conv2d, GroupNorm, Padding};
+use super::linear::Linear;
 use super::weights::Scope;
 use crate::scalar::WithNumber;
 use crate::Result;

@@ -1,6 +1,7 @@
 //! The transformers between a U-Net's residual blocks: self-attention, cross-attention, feed-forward.
 
-use super::layers::{merge_heads, split_heads, Conv2d, GroupNorm, LayerNorm, Linear};
+use super::layers::{merge_heads, split_heads, Conv2d, GroupNorm, LayerNorm};
+use super::linear::Linear;
 use super::weights::Scope;
 use crate::attention::attend_by;
 use crate::{AttentionHook, AttentionSite, Error, Qkv, Result};

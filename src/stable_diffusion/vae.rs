@@ -8,7 +8,8 @@ pub use tiles::{Tiles, Tiling};
 pub use tuning::{DecoderTuning, TuningConfig, TuningProgress};
 
 use super::config::Config;
-use super::layers::{merge_heads, split_heads, Activation, Conv2d, GroupNorm, Linear};
+use super::layers::{merge_heads, split_heads, Activation, Conv2d, GroupNorm};
+use super::linear::Linear;
 use super::resnet::{Downsample, Resnet, ResnetStyle, Upsample};
 use super::seamless::{Borders, Seamless};
 use super::weights::{Scope, Weights};
