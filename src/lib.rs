@@ -106,8 +106,10 @@
 //!
 //! # libtorch
 //! tch 0.24 wants libtorch 2.11.0. CUDA is opened at run time by [`device::best`] and [`device::parse`], with no linker flags: ask
-//! one of these before all else that is done with tch, seeds included. On a CPU that other programs use, too, run with `OMP_WAIT_POLICY=passive`
-//! and `GOMP_SPINCOUNT=1000`: libtorch's threads otherwise spin while they wait, which there made runs one and a half times to twice as long.
+//! one of these before all else that is done with tch, seeds included.
+//!
+//! On a CPU begin with [`keep_freed_memory`]. Where other programs use it, too, run with `OMP_WAIT_POLICY=passive` and
+//! `GOMP_SPINCOUNT=1000`: libtorch's threads otherwise spin while they wait, which there made runs one and a half times to twice as long.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods))]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
