@@ -10,7 +10,16 @@ pub(crate) fn check(needed: i64, (height, width): (i64, i64)) -> Result<()> {
 
 /// [`check`] of more than a picture.
 pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
-    match available() {
+    let free = || {
+        let free = available()?;
+        if needed <= free {
+            return Some(free);
+        }
+        // What this program has freed and kept counts as taken.
+        give_back();
+        available()
+    };
+    match free() {
         Some(free) if needed > free => {
             let gib = |bytes: i64| bytes as f64 / f64::from(1 << 30);
             let reason = format!("{what} needs more than {:.1} GiB of memory, of which {:.1} GiB are free; {advice}", gib(needed), gib(free));
@@ -20,9 +29,9 @@ pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
     }
 }
 
-/// Before another kind of work on the CPU. Of what tensors took and freed glibc keeps all but the largest pieces. They fit the next step
-/// of a run; the autoencoder, whose pieces are others, would need its memory on top of a step's.
-#[cfg(feature = "stable-diffusion")]
+/// Before another kind of work on the CPU. Of what tensors took and freed glibc keeps all but the largest pieces, and these, too, up to 64 MiB,
+/// where it was [told to](keep_freed_memory). They fit the next step of a run; the autoencoder, whose pieces are others, would need its memory
+/// on top of a step's.
 #[allow(unsafe_code)]
 pub(crate) fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -36,19 +45,23 @@ pub(crate) fn give_back() {
 /// with the program.
 ///
 /// Tensors come and go by the thousand in each step. glibc gives the larger ones back to the system as they are freed, which then has to clear
-/// the same pages for the next: with Stable Diffusion 1.5 a third of the time of a step on two cores (PERFORMANCE.md), of the bundled
-/// model a sixteenth. What a run takes at most stays the same, as the autoencoder's turn begins with giving back what steps have left; between
-/// runs a program holds what it needed at most. It is for the whole process, which is why no run does it by itself. Where there is no glibc
-/// it does nothing.
+/// the same pages for the next: with Stable Diffusion 1.5 at 256 px more than a quarter of the time of a run on two cores, with the bundled
+/// model some 3 % (PERFORMANCE.md). What a run takes at most hardly changes, as `StableDiffusion` gives back what steps have left before its
+/// autoencoder works; after a run a program holds much of what it needed at most. It is for the whole process, which is why no run does it
+/// by itself. Where there is no glibc it does nothing.
 #[allow(unsafe_code)]
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: numbers for the allocator; from then on it takes memory and gives it back otherwise.
     unsafe {
-        // One heap for threads that are still to come, as all but the first could hold no large pieces. None by `mmap`, which are those that
-        // go back when they are freed; nothing back at the end of the heap; and that grown in larger steps.
+        // One heap for threads that are still to come, as all but the first could hold no large pieces.
         libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_MMAP_MAX, 0);
+        // Pieces below 64 MiB not by `mmap`, which are those that go back when they are freed: larger than a step's, up to the autoencoder's,
+        // which would not find their like in the heap again. Older versions of glibc take half of that at most.
+        if libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 20) == 0 {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        }
+        // Nothing back at the end of the heap, and that grown in larger steps.
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }

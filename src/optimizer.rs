@@ -216,10 +216,12 @@ impl Optimizer for Adam {
         let moments = state.iter().filter(|(name, _)| matches!(name.as_str(), "mean" | "variance"));
         moments.into_iter().try_for_each(|(name, moment)| {
             of_these_latents(moment, parameter)?;
-            if bool::try_from(moment.f_isfinite()?.f_all()?)? {
+            let sound =
+                if name == "variance" { moment.f_ge_tensor(&number(0.0)?)?.f_logical_and(&moment.f_isfinite()?)? } else { moment.f_isfinite()? };
+            if bool::try_from(sound.f_all()?)? {
                 Ok(())
             } else {
-                Err(Error::argument("optimizer state", format!("its `{name}` is not finite")))
+                Err(Error::argument("optimizer state", format!("its `{name}` is not finite, or below 0")))
             }
         })
     }

@@ -796,6 +796,7 @@ fn a_checkpoint_of_another_run_is_refused_and_the_run_unchanged() {
             }
         }),
         ("an optimizer of no numbers", |c| c.optimizer[1].1 = &c.optimizer[1].1 * f64::NAN),
+        ("an optimizer of squares below 0", |c| c.optimizer[1].1 = c.optimizer[1].1.zeros_like() - 1.0),
     ] {
         let mut checkpoint = own();
         spoil(&mut checkpoint);

@@ -24,7 +24,13 @@ pub use run::Run;
 pub use tile::Tile;
 
 use attention_distillation::{image, keep_freed_memory, tch::Tensor, Error, FeatureExtractor, References, Result, Settings, StableDiffusion, Style};
-use std::{fmt::Display, io::IsTerminal, io::Write, path::PathBuf, process::ExitCode};
+use std::{
+    fmt::Display,
+    io::IsTerminal,
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 /// A line to stderr. `eprintln!` would panic where the reader has gone, and what was made so far would be lost.
 pub fn say(line: impl Display) {
@@ -66,7 +72,11 @@ pub fn check_outputs(shared: &Shared, files: &[PathBuf]) -> Result<()> {
     files.iter().try_for_each(image::check_writable)?;
     let Some(sheet) = &shared.sheet else { return Ok(()) };
     image::check_writable(sheet)?;
-    let whole = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    // Their folders are there, as could be written to.
+    let whole = |path: &PathBuf| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        (folder.canonicalize().ok(), path.file_name().map(std::ffi::OsStr::to_owned))
+    };
     if files.iter().any(|file| whole(file) == whole(sheet)) {
         let reason = "is where the result itself goes; give --sheet a name of its own".into();
         return Err(Error::Image { path: sheet.clone(), reason });
