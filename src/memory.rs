@@ -29,7 +29,7 @@ pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
     }
 }
 
-/// Before another kind of work on the CPU. Of what tensors took and freed glibc keeps all but the largest pieces, and these, too, up to 64 MiB,
+/// Before another kind of work on the CPU. Of what tensors took and freed glibc keeps all but the largest pieces, and these, too, up to 120 MiB,
 /// where it was [told to](keep_freed_memory). They fit the next step of a run; the autoencoder, whose pieces are others, would need its memory
 /// on top of a step's.
 #[allow(unsafe_code)]
@@ -56,9 +56,10 @@ pub fn keep_freed_memory() {
     unsafe {
         // One heap for threads that are still to come, as all but the first could hold no large pieces.
         libc::mallopt(libc::M_ARENA_MAX, 1);
-        // Pieces below 64 MiB not by `mmap`, which are those that go back when they are freed: larger than a step's, up to the autoencoder's,
-        // which would not find their like in the heap again. Older versions of glibc take half of that at most.
-        if libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 20) == 0 {
+        // Pieces below 120 MiB not by `mmap`, which are those that go back when they are freed: all of a step's, such as weights of 113 MiB that
+        // oneDNN lays out anew, but not the autoencoder's large ones, which would not find their like in the heap again. Older versions of
+        // glibc take 32 at most.
+        if libc::mallopt(libc::M_MMAP_THRESHOLD, 120 << 20) == 0 {
             libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         }
         // Nothing back at the end of the heap, and that grown in larger steps.
