@@ -56,8 +56,8 @@ pub fn keep_freed_memory() {
     unsafe {
         // One heap for threads that are still to come, as all but the first could hold no large pieces.
         libc::mallopt(libc::M_ARENA_MAX, 1);
-        // Pieces below 120 MiB not by `mmap`, which are those that go back when they are freed: all of a step's, such as weights of 113 MiB that
-        // oneDNN lays out anew, but not the autoencoder's large ones, which would not find their like in the heap again. Older versions of
+        // Pieces that were taken by `mmap` go back when they are freed: none below 120 MiB, such as weights of 113 MiB that oneDNN lays out anew
+        // in Stable Diffusion 1.5. But the autoencoder's large ones, which would not find their like in the heap again. Older versions of
         // glibc take 32 at most.
         if libc::mallopt(libc::M_MMAP_THRESHOLD, 120 << 20) == 0 {
             libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);

@@ -221,7 +221,8 @@ impl Optimizer for Adam {
             if bool::try_from(sound.f_all()?)? {
                 Ok(())
             } else {
-                Err(Error::argument("optimizer state", format!("its `{name}` is not finite, or below 0")))
+                let or = if name == "variance" { ", or below 0" } else { "" };
+                Err(Error::argument("optimizer state", format!("its `{name}` is not finite{or}")))
             }
         })
     }

@@ -4,8 +4,12 @@
 
 fn main() {
     // What harnesses are asked for.
-    if std::env::args().any(|argument| argument == "--list") {
-        return println!("freed_memory: test");
+    let asked = |flag: &str| std::env::args().any(|argument| argument == flag);
+    if asked("--list") {
+        if !asked("--ignored") {
+            println!("freed_memory: test");
+        }
+        return;
     }
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     glibc::keeps_what_it_was_told_to();
@@ -20,13 +24,20 @@ mod glibc {
     pub fn keeps_what_it_was_told_to() {
         let all = (SIZE * TIMES) as i64;
         let found = held_after_coming_and_going();
-        assert!(found < all / 4, "{found} bytes held, as if told to already");
+        if found > all / 4 {
+            return eprintln!("skipped: {found} bytes held by an allocator that was told to already, or is another");
+        }
         attention_distillation::keep_freed_memory();
         let found = held_after_coming_and_going();
         assert!(found > all * 3 / 4, "{found} bytes held of {all}");
         // Nor do they add up, whichever thread comes next.
         let found = std::thread::spawn(held_after_coming_and_going).join().unwrap();
         assert!(found < all / 4, "{found} bytes more");
+        // Large ones go back, as they would not find their like again.
+        let before = resident();
+        drop(std::hint::black_box(vec![1_u8; 130 << 20]));
+        let found = resident() - before;
+        assert!(found < 30 << 20, "{found} bytes held of a large piece");
     }
 
     /// How many bytes more the process holds once several pieces of memory were taken, written and freed.
@@ -40,7 +51,11 @@ mod glibc {
 
     fn resident() -> i64 {
         let text = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        line.trim().strip_suffix("kB").unwrap().trim().parse::<i64>().unwrap() << 10
+        let of = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("0 kB");
+            line.trim().strip_suffix("kB").unwrap().trim().parse::<i64>().unwrap() << 10
+        };
+        // What was swapped out has not been given back.
+        of("VmRSS:") + of("VmSwap:")
     }
 }

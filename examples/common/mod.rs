@@ -72,7 +72,7 @@ pub fn check_outputs(shared: &Shared, files: &[PathBuf]) -> Result<()> {
     files.iter().try_for_each(image::check_writable)?;
     let Some(sheet) = &shared.sheet else { return Ok(()) };
     image::check_writable(sheet)?;
-    // Their folders are there, as could be written to.
+    // `check_writable` has seen that their folders exist.
     let whole = |path: &PathBuf| {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         (folder.canonicalize().ok(), path.file_name().map(std::ffi::OsStr::to_owned))

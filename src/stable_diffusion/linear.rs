@@ -109,14 +109,14 @@ mod tests {
         Ok(())
     }
 
-    /// As it is done where MKL lags, by oneDNN, which takes large ones by several threads alone. (Another test may take that back in
-    /// between; then it compares MKL with itself.)
+    /// As it is done where MKL lags, by oneDNN, which takes one picture's by several threads alone.
     #[test]
     fn several_threads_give_what_one_gives() -> Result<()> {
         let linear = Linear { weight: numbers(&[320, 320], 0.013)?, bias: Some(numbers(&[320], 0.7)?) };
         let leaf = numbers(&[1, 1024, 320], 0.017)?.set_requires_grad(true);
         let by = |threads: i32| -> Result<[Tensor; 2]> {
             tch::set_num_threads(threads);
+            assert_eq!(tch::get_num_threads(), threads, "or MKL is compared with itself");
             let y = if threads > 1 { linear.by_convolution(&leaf)? } else { linear.forward(&leaf)? };
             let gradient = Tensor::run_backward(&[(&y * &y).sum(Kind::Float)], &[&leaf], false, false).remove(0);
             Ok([y, gradient])
