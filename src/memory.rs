@@ -10,22 +10,19 @@ pub(crate) fn check(needed: i64, (height, width): (i64, i64)) -> Result<()> {
 
 /// [`check`] of more than a picture.
 pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
-    let free = || {
-        let free = available()?;
-        if needed <= free {
-            return Some(free);
-        }
-        // What this program has freed and kept counts as taken.
+    let short = || available().filter(|&free| needed > free);
+    // What this program has freed and kept counts as taken.
+    let still = short().and_then(|_| {
         give_back();
-        available()
-    };
-    match free() {
-        Some(free) if needed > free => {
+        short()
+    });
+    match still {
+        Some(free) => {
             let gib = |bytes: i64| bytes as f64 / f64::from(1 << 30);
             let reason = format!("{what} needs more than {:.1} GiB of memory, of which {:.1} GiB are free; {advice}", gib(needed), gib(free));
             Err(Error::argument("size", reason))
         }
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 
@@ -56,9 +53,9 @@ pub fn keep_freed_memory() {
     unsafe {
         // One heap for threads that are still to come, as all but the first could hold no large pieces.
         libc::mallopt(libc::M_ARENA_MAX, 1);
-        // Pieces that were taken by `mmap` go back when they are freed: none below 120 MiB, such as weights of 113 MiB that oneDNN lays out anew
-        // in Stable Diffusion 1.5. But the autoencoder's large ones, which would not find their like in the heap again. Older versions of
-        // glibc take 32 at most.
+        // What was taken by `mmap` goes back when it is freed. That is to be the autoencoder's large pieces, which would not find their like in
+        // the heap again, but nothing of a step: the largest are weights of 113 MiB, which oneDNN lays out anew in Stable Diffusion 1.5. Older
+        // versions of glibc take 32 at most.
         if libc::mallopt(libc::M_MMAP_THRESHOLD, 120 << 20) == 0 {
             libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         }

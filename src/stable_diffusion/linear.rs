@@ -34,8 +34,8 @@ impl Linear {
         Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
     }
 
-    /// Where [MKL lags](mkl_lags): libtorch multiplies in f32 by MKL, which keeps to AVX2 on processors that are not Intel's, and convolves by oneDNN, which does not:
-    /// with AVX-512 it is twice as fast there. By one thread libtorch has MKL do such convolutions as well.
+    /// Where [MKL lags](mkl_lags): libtorch multiplies in f32 by MKL, which keeps to AVX2 on processors that are not Intel's, and convolves
+    /// by oneDNN, which does not: with AVX-512 it is twice as fast there. By one thread libtorch has MKL do such convolutions as well.
     fn gains_by_convolution(&self, x: &Tensor, threads: i32) -> bool {
         let (outputs, numbers) = (self.outputs(), i64::try_from(x.numel()).unwrap_or(0));
         x.dim() == 3

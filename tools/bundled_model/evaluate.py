@@ -30,6 +30,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from collect import writing
+
 HERE = Path(__file__).resolve().parent
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", type=Path, help="folder in diffusers layout")
@@ -74,19 +76,12 @@ def patches(found):
     return sum(scales) / len(scales)
 
 
-def written(path, write):
-    """A file that is there is whole: `write` gets another name of the same kind, which takes its place at the end."""
-    part = path.with_name(f"part_{path.name}")
-    write(part)
-    part.replace(path)
-
-
 def fitted(picture, side, folder):
     """A held-out picture in the size of a run, so that scaling is the same for all models."""
     path = folder / f"{picture.parent.name}_{picture.stem}_{side}.png"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        written(path, Image.open(picture).convert("RGB").resize((side, side), Image.Resampling.LANCZOS).save)
+        with writing(path) as part:
+            Image.open(picture).convert("RGB").resize((side, side), Image.Resampling.LANCZOS).save(part, "PNG")
     return path
 
 
@@ -114,7 +109,8 @@ def each(judged, made):
         file, item = pair
         if not file.exists():
             result = json.dumps(made(*item))
-            written(file, lambda part: part.write_text(result))
+            with writing(file) as part:
+                part.write_text(result)
         return json.loads(file.read_text())
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -167,7 +163,8 @@ def textures(held, folder, inputs):
         source, other = (inputs / f"quarter_{name}_{picture.stem}.png" for name in ("a", "b"))
         if not other.exists():
             for crop, path in zip(two_crops(Image.open(picture).convert("RGB")), (source, other)):
-                written(path, crop.save)
+                with writing(path) as part:
+                    crop.save(part, "PNG")
         rows.append((source, other, folder / f"texture_{picture.stem}.png"))
     # Of a name that says by what they were judged; earlier ones took copies, too.
     found = each([(row[2].with_suffix(".quarters.json"), row) for row in rows], texture)
@@ -209,7 +206,8 @@ def same_as_before(path):
     elif any(path.parent.glob("*.json")):
         before = {}
     else:
-        written(path, lambda part: part.write_text(json.dumps(now, indent=1)))
+        with writing(path) as part:
+            part.write_text(json.dumps(now, indent=1))
         return
     if other := [name for name in now if now[name] != before.get(name)]:
         raise SystemExit(f"{path.parent} was judged with other or unknown {', '.join(other)}: give this one another --name")
@@ -233,7 +231,8 @@ def judge():
     ratios = [f["ratio"] for f in found]
     median, within = (round(statistics.median(ratios), 3), sum(ratio <= 1.5 for ratio in ratios)) if ratios else (None, None)
     result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"), median=median, within=within)
-    written(folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1)))
+    with writing(folder / "result.json") as part:
+        part.write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1), flush=True)
 
 
