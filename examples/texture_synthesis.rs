@@ -54,7 +54,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     let regions = flags.regions.load(styles.len())?;
     let filled = regions.is_some() && !flags.no_fill;
-    shared.warn_of_content_weight(filled, "give masks, without --no-fill: the layout that they are filled to is what it would keep");
+    shared.warn_without_content(filled, "give masks, without --no-fill: the layout that they are filled to is what it would keep");
 
     let mut model = common::open_without_text(shared)?;
     model.set_seamless(flags.tile.seamless());

@@ -103,7 +103,7 @@ impl<D: Denoiser> Distiller<D> {
 }
 
 impl<D: Denoiser> Distiller<D, Adam> {
-    /// Applies those of a task's settings that a run can take once it is made: iterations, learning rate and AdaIN. Timesteps and
+    /// Applies those of a task's settings that a run can take once it is made: iterations, learning rate, AdaIN and the references' smoothing. Timesteps and
     /// content weight are arguments of what makes a run, layers its extractor's.
     ///
     /// # Errors
@@ -113,6 +113,7 @@ impl<D: Denoiser> Distiller<D, Adam> {
         self.iterations = settings.iterations;
         self.optimizer.config.learning_rate = settings.learning_rate;
         self.adain = settings.adain;
+        self.references.smoothing = settings.smoothing;
         Ok(self)
     }
 }

@@ -125,7 +125,7 @@ impl<D: Denoiser> GuidedSampler<D> {
     }
 
     /// Applies those of a task's settings that a run can take once it is made: iterations, learning rate, scale of the guidance,
-    /// AdaIN, and the loss: the AD loss and, where there is a content among the references, a content loss of that weight. Call it
+    /// AdaIN, the references' smoothing, and the loss: the AD loss and, where there is a content among the references, a content loss of that weight. Call it
     /// first: the loss takes the place of the one before, as do the other fields. Timesteps are the schedule's, layers the extractor's.
     ///
     /// # Errors
@@ -135,6 +135,7 @@ impl<D: Denoiser> GuidedSampler<D> {
         self.iterations = settings.iterations;
         self.optimizer.config.learning_rate = settings.learning_rate;
         self.adain = settings.adain;
+        self.references.smoothing = settings.smoothing;
         self.guidance.scale = settings.guidance;
         self.loss = TotalLoss::default().plus(1.0, AdLoss::default());
         if self.references.content.is_some() {

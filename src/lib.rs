@@ -137,6 +137,7 @@ mod scalar;
 mod scheduler;
 mod seamless;
 mod settings;
+mod smoothing;
 mod soundness;
 mod tensor_file;
 mod windows;

@@ -1,6 +1,7 @@
 //! The paper's losses: AD loss, content loss, and their weighted sum.
 
 use crate::scalar::WithNumber;
+use crate::smoothing::smoothed;
 use crate::{attention::scaled_dot_product, bias::Bias, Error, Features, LayerFeatures, References, Result};
 use tch::{Kind, Reduction, Tensor};
 
@@ -29,7 +30,7 @@ impl<L: Loss + ?Sized> Loss for Box<L> {
 ///
 /// `Q`, `K`, `V` are the picture's own, `Ks`, `Vs` the styles' (joined along the tokens where there are several), `sg`
 /// stops the gradient: it flows through the picture's own output alone. Regions and weights of the styles are a bias on the
-/// scores of the second attention, see [`References`].
+/// scores of the second attention, and its queries may be smoothed by the content, see [`References`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct AdLoss {
@@ -65,6 +66,9 @@ impl AdLoss {
         for style in &references.styles {
             same_layers("style", picture, &style.of)?;
         }
+        if let (true, Some(content)) = (references.smoothing != 0.0, &references.content) {
+            same_layers("content", picture, content)?;
+        }
         let mut bias = Bias::new(references)?;
         picture.layers().enumerate().map(|(i, layer)| mean_absolute(layer.output()?, &self.ideal(i, layer, references, bias.as_mut())?)).collect()
     }
@@ -72,7 +76,10 @@ impl AdLoss {
     /// What the layer would put out if the picture were made of the styles.
     fn ideal(&self, i: usize, layer: &LayerFeatures, references: &References<Features>, bias: Option<&mut Bias<'_>>) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let query = if self.sharpness == 1.0 { layer.query.shallow_clone() } else { layer.query.times(self.sharpness)? };
+        let mut query = smoothed(i, layer, references)?;
+        if self.sharpness != 1.0 {
+            query = query.times(self.sharpness)?;
+        }
         let key = joined(i, &query, references, |style| &style.key)?;
         let value = joined(i, &query, references, |style| &style.value)?;
         let bias = bias.map(|bias| bias.of(i, layer)).transpose()?;
@@ -96,7 +103,7 @@ fn joined(i: usize, query: &Tensor, references: &References<Features>, pick: fn(
 }
 
 /// One reference serves all pictures of a batch, or there is one for each.
-fn serves(name: &'static str, reference: &Tensor, batch: i64) -> Result<()> {
+pub(crate) fn serves(name: &'static str, reference: &Tensor, batch: i64) -> Result<()> {
     match reference.size().first() {
         Some(&own) if own == 1 || own == batch => Ok(()),
         _ => {
@@ -105,6 +112,15 @@ fn serves(name: &'static str, reference: &Tensor, batch: i64) -> Result<()> {
             Err(Error::shape(name, wanted, reference.size()))
         }
     }
+}
+
+/// Whether a layer of the content has as many places as the picture's, in the same rows and columns.
+pub(crate) fn same_grid(picture: &LayerFeatures, content: &LayerFeatures) -> Result<()> {
+    let (ours, theirs) = (picture.query.size(), content.query.size());
+    if ours.get(1..) == theirs.get(1..) && picture.site.grid == content.site.grid {
+        return Ok(());
+    }
+    Err(Error::shape("content", format!("the picture's own size (queries {ours:?} in layer {})", picture.site.index), theirs))
 }
 
 impl Loss for AdLoss {
@@ -122,15 +138,8 @@ impl Loss for ContentLoss {
         let content = references.content.as_ref().ok_or_else(|| Error::argument("content", "the content loss needs one; none was given"))?;
         same_layers("content", picture, content)?;
         sum(picture.layers().zip(content.layers()).map(|(ours, theirs)| {
-            let (ours_grid, theirs_grid) = (ours.query.size(), theirs.query.size());
-            if ours_grid.get(1..) != theirs_grid.get(1..) || ours.site.grid != theirs.site.grid {
-                return Err(Error::shape(
-                    "content",
-                    format!("the picture's own size (queries {ours_grid:?} in layer {})", ours.site.index),
-                    theirs_grid,
-                ));
-            }
-            serves("content", &theirs.query, ours_grid.first().copied().unwrap_or(1))?;
+            same_grid(ours, theirs)?;
+            serves("content", &theirs.query, ours.query.size4()?.0)?;
             mean_absolute(&ours.query, &theirs.query.f_detach()?.f_expand_as(&ours.query)?)
         }))
     }

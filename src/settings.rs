@@ -1,5 +1,6 @@
 //! Settings of a task, as the authors ship them, and as a model's folder may overrule them.
 
+use crate::smoothing::check_smoothing;
 use crate::{Error, Result};
 use std::ops::Range;
 
@@ -99,6 +100,9 @@ pub struct Settings {
     /// [`Procedure::Sampling`] before the descents of each timestep, by [`Procedure::Optimisation`] the
     /// start, once, and the content that the loss looks at, within bounds ([`Distiller::adain`](crate::Distiller)).
     pub adain: bool,
+    /// How far queries are drawn towards those of places that the content holds alike, from 0 to 1
+    /// ([`References::smoothing`](crate::References::smoothing)); 0 is the authors'.
+    pub smoothing: f64,
 }
 
 impl Settings {
@@ -114,6 +118,7 @@ impl Settings {
             content_weight: 0.25,
             guidance: 1.0,
             adain: false,
+            smoothing: 0.0,
         }
     }
 
@@ -185,6 +190,6 @@ impl Settings {
                 return Err(Error::argument(name, format!("{number} is not a number of at least 0")));
             }
         }
-        Ok(())
+        check_smoothing(self.smoothing)
     }
 }

@@ -1334,7 +1334,7 @@ fn bad_settings_of_a_folder() {
             refused(key, value);
         }
     }
-    for key in ["learning_rate", "content_weight"] {
+    for key in ["learning_rate", "content_weight", "smoothing"] {
         for value in [json!(-1e-9), json!(-1), json!("0.05"), json!(true), json!([0.05]), json!({})] {
             refused(key, value);
         }
@@ -1369,6 +1369,7 @@ fn bad_settings_of_a_folder() {
     refused("size", json!([40_000, 8]));
     refused("size", json!([32_768, 32_768]));
     refused("size", json!([i64::MAX, i64::MAX]));
+    refused("smoothing", json!(1.01));
     for value in [json!(0), json!("no"), json!([false])] {
         refused("adain", value);
     }
@@ -1393,7 +1394,7 @@ fn bad_settings_of_a_folder_for_sampling() {
             refused(json!({ key: value }), &[key]);
         }
     }
-    for (key, word) in [("learning_rate", "learning"), ("content_weight", "content"), ("guidance", "guidance")] {
+    for (key, word) in [("learning_rate", "learning"), ("content_weight", "content"), ("smoothing", "smoothing"), ("guidance", "guidance")] {
         for value in [json!(-1e-9), json!(-1), json!("0.05"), json!(true), json!([0.05]), json!({})] {
             refused(json!({ key: value }), &[word]);
         }
@@ -1454,6 +1455,8 @@ fn good_settings_of_a_folder() {
         (json!({ "steps": null, "layers": null, "size": null }), |_| {}),
         (json!({ "steps": 1 }), |s| s.steps = 1),
         (json!({ "learning_rate": 1, "content_weight": 0 }), |s| (s.learning_rate, s.content_weight) = (1.0, 0.0)),
+        (json!({ "smoothing": 0.25 }), |s| s.smoothing = 0.25),
+        (json!({ "smoothing": 1, "style_transfer": { "smoothing": 0 } }), |_| {}),
         (json!({ "layers": [0, 1] }), |s| s.layers = Some(0..1)),
         (json!({ "style_transfer": { "adain": true }, "texture_synthesis": { "adain": false } }), |s| s.adain = true),
         (json!({ "adain": true, "style_transfer": { "adain": false } }), |_| {}),

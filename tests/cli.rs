@@ -129,6 +129,8 @@ fn flags_have_their_effect() {
         ("vae_dtype_same", true, &["--vae-dtype", "f32"]),
         ("method_same", true, &["--method", "optimise"]),
         ("preview_same", true, &["--preview", "1"]),
+        ("smoothing_same", true, &["--smoothing", "0"]),
+        ("smoothing", false, &["--smoothing", "1"]),
         ("layers", false, &["--layers", "0..3"]),
         ("iterations", false, &["--iterations", "3"]),
         ("lr", false, &["--lr", "0.5"]),
@@ -283,6 +285,11 @@ fn by_sampling() {
         let weighted = image::load(place.path("weight.png")).unwrap();
         assert_eq!(differ(&weighted, &picture) > 0.0, content, "the content loss acts where there is a content, and only there");
         assert_eq!(texts(&outcome).1.contains("WARN --content-weight is without effect"), !content, "{}", texts(&outcome).1);
+        let outcome = place.run(&[&sampling[..], weight, &["--smoothing", "1", "--device", "cpu", "--output", "smooth.png"]].concat());
+        assert_eq!(outcome.status.code(), Some(0));
+        let smooth = image::load(place.path("smooth.png")).unwrap();
+        assert_eq!(differ(&smooth, &picture) > 0.0, content);
+        assert_eq!(texts(&outcome).1.contains("WARN --smoothing is without effect"), !content, "{}", texts(&outcome).1);
     }
     // 50 steps by itself, where the folder says nothing.
     let outcome = place.run(&["--style", "style.png", "--method", "sample", "--iterations", "0", "--size", "8x8", "--device", "cpu"]);
@@ -535,6 +542,7 @@ fn settings() {
     for number in ["NaN", "inf", "-0.5", "1e999"] {
         refuse(&["--lr", number], &["learning rate", "at least 0"]);
         refuse(&["--content-weight", number], &["content weight", "at least 0"]);
+        refuse(&["--smoothing", number], &["smoothing", "from 0 to 1"]);
     }
     refuse(&["--lr=-inf"], &["learning rate", "-inf"]);
     refuse(&["--layers", "5..3"], &["layers", "5..3"]);

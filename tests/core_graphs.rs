@@ -295,10 +295,11 @@ fn the_graphs_go_with_the_last_step() {
 #[test]
 fn a_change_is_captured_anew() {
     let net = Noting::new();
-    let changes: [fn(&mut Distiller<&Noting>); 5] = [
+    let changes: [fn(&mut Distiller<&Noting>); 6] = [
         |run| run.loss = TotalLoss::default().plus(1.0, AdLoss::default().with_sharpness(2.0)),
         |run| run.optimizer.config.learning_rate = 0.2,
         |run| run.adain = true,
+        |run| run.references.smoothing = 0.5,
         |run| run.references = References::style(latents(30, 4, 4)).with_content(latents(8, 6, 8)),
         |run| (run.latents, run.optimizer) = (latents(31, 6, 8), Adam::default()),
     ];

@@ -76,6 +76,69 @@ fn the_ad_loss_is_the_papers_formula() {
     assert!((ad_by_hand(&picture, &[&style], 1.0) - ad_by_hand(&picture, &[&style], 1.5)).abs() > 1e-3, "sharpness does something");
 }
 
+/// `a` of smoothing: `(1 - a) Q + a Attn(3 Qc, Kc, Q)` in place of `Q`, in the ideal attention alone.
+#[test]
+fn smoothing_draws_queries_towards_those_of_like_places() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let (z, other, style) = (latents(1, 6, 8), latents(3, 6, 8), features(&toy, &latents(2, 8, 4)));
+    let (picture, content) = (features(&toy, &z), features(&toy, &other));
+    let references = |a: f64| References::style(style.shallow_clone()).with_content(content.shallow_clone()).with_smoothing(a);
+    let by_hand = |a: f64, sharpness: f64| -> f64 {
+        let layers = picture.layers().zip(content.layers()).zip(style.layers());
+        layers
+            .map(|((own, content), style)| {
+                let mean = attention(&content.query, &content.key, &own.query, 3.0);
+                let query = f64_of(&own.query) * (1.0 - a) + mean * a;
+                number(&(f64_of(own.output().unwrap()) - attention(&query, &style.key, &style.value, sharpness)).abs().mean(None::<Kind>))
+            })
+            .sum()
+    };
+    for (a, sharpness) in [(0.5, 1.0), (1.0, 1.0), (0.3, 1.5)] {
+        let value = number(&AdLoss::default().with_sharpness(sharpness).evaluate(&picture, &references(a)).unwrap());
+        close(value, by_hand(a, sharpness), ROUNDING * 10.0);
+        assert!((value - by_hand(0.0, sharpness)).abs() > 1e-3, "it does something");
+    }
+    // None is the paper's to the last bit, and so is one without a content.
+    let plain = ad(&picture, &References::style(style.shallow_clone()));
+    assert_eq!(ad(&picture, &references(0.0)), plain);
+    assert_eq!(ad(&picture, &References::style(style.shallow_clone()).with_smoothing(0.7)), plain);
+    let content_loss = |a| number(&ContentLoss.evaluate(&picture, &references(a)).unwrap());
+    assert_eq!(content_loss(0.7), content_loss(0.0));
+    // One content for a batch, or one each, is what each picture has alone.
+    let second = latents(5, 6, 8);
+    let alone = [&z, &second].map(|z| ad(&features(&toy, z), &references(0.5)));
+    let pair = |a: &Tensor, b: &Tensor| features(&toy, &Tensor::cat(&[a, b], 0));
+    let both = pair(&z, &second);
+    close(ad(&both, &references(0.5)), (alone[0] + alone[1]) / 2.0, ROUNDING * 10.0);
+    let each = References::style(style.shallow_clone()).with_content(pair(&other, &other)).with_smoothing(0.5);
+    close(ad(&both, &each), (alone[0] + alone[1]) / 2.0, ROUNDING * 10.0);
+}
+
+#[test]
+fn smoothing_refuses_what_it_cannot_take() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let picture = features(&toy, &latents(1, 6, 8));
+    let with = |content: Features, a: f64| style(&toy, &latents(2, 4, 4)).with_content(content).with_smoothing(a);
+    for a in [f64::NAN, -0.1, 1.1, f64::INFINITY] {
+        for references in [with(features(&toy, &latents(3, 6, 8)), a), style(&toy, &latents(2, 4, 4)).with_smoothing(a)] {
+            let error = AdLoss::default().evaluate(&picture, &references).unwrap_err();
+            assert!(matches!(error, Error::Argument { argument: "smoothing", .. }), "{error}");
+            assert!(error.to_string().contains("from 0 to 1"), "{error}");
+        }
+    }
+    // As many places in other rows, fewer places, another batch.
+    for content in [latents(3, 8, 6), latents(3, 4, 4), Tensor::cat(&[latents(3, 6, 8), latents(4, 6, 8)], 0)] {
+        let error = AdLoss::default().evaluate(&picture, &with(features(&toy, &content), 0.5)).unwrap_err();
+        assert!(matches!(error, Error::Shape { name: "content", .. }), "{error}");
+        assert!(AdLoss::default().evaluate(&picture, &with(features(&toy, &content), 0.0)).is_ok(), "unused, unasked");
+    }
+    let few = FeatureExtractor::new(&toy, 1.0, 0..1).extract(&latents(3, 6, 8), 500.0).unwrap();
+    let error = AdLoss::default().evaluate(&picture, &with(few, 0.5)).unwrap_err();
+    assert!(matches!(error, Error::Argument { argument: "content", .. }), "{error}");
+}
+
 #[test]
 fn the_content_loss_is_the_papers_formula() {
     tch::set_num_threads(1);

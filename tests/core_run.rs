@@ -79,6 +79,34 @@ fn texture_starts_from_noise_and_leaves_it_to_its_owner() {
     assert_same(run.references.content.as_ref().unwrap(), &latents(8, 6, 8));
 }
 
+/// By the settings as by the references, at every step, and by the content that AdaIN made.
+#[test]
+fn a_run_may_smooth_its_queries() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let mut settings = Settings::style_transfer();
+    let run = |settings: &Settings| transfer(&toy, 3).with_settings(settings).unwrap().finish().unwrap();
+    let plain = run(&settings);
+    settings.smoothing = 0.6;
+    let picture = run(&settings);
+    assert!(difference(&picture, &plain) > 1e-3);
+    let mut by_field = transfer(&toy, 3);
+    by_field.references.smoothing = 0.6;
+    assert_eq!(by_field.targets().unwrap().smoothing, 0.6);
+    assert_same(&by_field.finish().unwrap(), &picture);
+    let mut late = transfer(&toy, 3);
+    let _ = late.advance().unwrap();
+    late.references.smoothing = 0.6;
+    let late = late.finish().unwrap();
+    assert!(difference(&late, &plain) > 1e-3 && difference(&late, &picture) > 1e-3);
+    (settings.adain, settings.smoothing) = (true, 0.0);
+    let moved = run(&settings);
+    settings.smoothing = 0.6;
+    assert!(difference(&run(&settings), &moved) > 1e-3);
+    settings.smoothing = 1.5;
+    assert!(matches!(transfer(&toy, 3).with_settings(&settings), Err(Error::Argument { argument: "smoothing", .. })));
+}
+
 /// Start and content are moved, from what they were given; the references stay, and a run that has begun goes on from where it is.
 #[test]
 fn a_run_may_take_the_styles_statistics_first() {

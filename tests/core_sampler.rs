@@ -438,7 +438,11 @@ fn settings_are_taken_over() {
     let toy = Toy::new(Kind::Float);
     let run = sampler(&toy, 4).with_settings(&Settings::text_to_image()).unwrap();
     assert_eq!((run.iterations, run.adain, run.optimizer.config.learning_rate), (3, true, 0.015));
-    assert_eq!(run.guidance.scale, 7.5);
+    assert_eq!((run.guidance.scale, run.references.smoothing), (7.5, 0.0));
+    let mut smooth = Settings::text_to_image();
+    smooth.smoothing = 0.6;
+    let picture = |settings: &Settings| sampler(&toy, 4).with_settings(settings).unwrap().finish().unwrap();
+    assert!(difference(&picture(&smooth), &picture(&Settings::text_to_image())) > 1e-3);
     // The losses are set, not added to those that are there; without a content there is no content loss.
     let (picture, references) = (features(&toy, &run.latents), extractor(&toy).references(&references(), 500.0).unwrap());
     let value = |loss: &dyn Loss| number(&loss.evaluate(&picture, &references).unwrap());

@@ -56,6 +56,7 @@ fn the_authors_settings_are_sound() {
     assert_eq!((texture.steps, texture.iterations, texture.learning_rate, texture.content_weight), (300, 1, 0.05, 0.0));
     for settings in by_optimisation() {
         assert_eq!((settings.task.procedure(), settings.guidance, settings.adain), (Procedure::Optimisation, 1.0, false));
+        assert_eq!(settings.smoothing, 0.0);
     }
 
     let [transfer, image, xl, texture, expansion] = by_sampling();
@@ -67,6 +68,7 @@ fn the_authors_settings_are_sound() {
     let plain = [transfer, texture, expansion].map(|settings| (settings, 1.0, false));
     for (settings, guidance, adain) in plain.into_iter().chain([(image, 7.5, true), (xl, 7.0, true)]) {
         assert_eq!((settings.task.procedure(), settings.guidance, settings.adain), (Procedure::Sampling, guidance, adain));
+        assert_eq!(settings.smoothing, 0.0);
     }
 }
 
@@ -88,7 +90,10 @@ fn numbers_that_are_none_or_negative() {
         refused("learning rate", shown, |s| s.learning_rate = number);
         refused("content weight", shown, |s| s.content_weight = number);
         refused("guidance", shown, |s| s.guidance = number);
+        refused("smoothing", shown, |s| s.smoothing = number);
     }
+    refused("smoothing", "1.5", |s| s.smoothing = 1.5);
+    accepted(|s| s.smoothing = 1.0);
     accepted(|s| (s.learning_rate, s.content_weight) = (0.0, 0.0));
     accepted(|s| (s.learning_rate, s.content_weight) = (10.0, 1.0));
     accepted(|s| (s.guidance, s.adain) = (0.0, !s.adain));

@@ -37,6 +37,9 @@ pub struct Shared {
     /// Leave the latents' statistics as they are
     #[arg(long, overrides_with = "adain")]
     pub no_adain: bool,
+    /// Against patches of a second colour: how far each place looks at the styles as those do that the content holds alike, 0 (off) to 1
+    #[arg(long, value_name = "F", allow_hyphen_values = true)]
+    pub smoothing: Option<f64>,
     /// Self-attention layers in execution order; default: the last six
     #[arg(long, value_name = "A..B", value_parser = layers)]
     pub layers: Option<Range<usize>>,
@@ -77,9 +80,11 @@ impl Shared {
     }
 
     /// A flag that does nothing may stand for a mistake.
-    pub fn warn_of_content_weight(&self, has_content: bool, advice: &str) {
-        if !has_content && self.content_weight.is_some_and(|weight| weight > 0.0) {
-            tracing::warn!("--content-weight is without effect here; {advice}");
+    pub fn warn_without_content(&self, has_content: bool, advice: &str) {
+        for (flag, value) in [("--content-weight", self.content_weight), ("--smoothing", self.smoothing)] {
+            if !has_content && value.is_some_and(|value| value > 0.0) {
+                tracing::warn!("{flag} is without effect here; {advice}");
+            }
         }
     }
 
@@ -90,6 +95,7 @@ impl Shared {
         settings.learning_rate = self.lr.unwrap_or(settings.learning_rate);
         settings.content_weight = self.content_weight.unwrap_or(settings.content_weight);
         settings.adain = self.adain || settings.adain && !self.no_adain;
+        settings.smoothing = self.smoothing.unwrap_or(settings.smoothing);
         settings.layers = self.layers.clone().or(settings.layers);
         settings.size = self.size.map(|Size(height, width)| (height, width)).or(settings.size);
         settings.check()?;

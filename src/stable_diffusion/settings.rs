@@ -7,7 +7,7 @@ use std::path::Path;
 /// What is said once for all tasks.
 const COMMON: [&str; 2] = ["layers", "size"];
 /// What each task may have in an object of its own; for tasks by optimisation it may also stand outside, for all of them.
-const EACH: [&str; 5] = ["steps", "iterations", "learning_rate", "content_weight", "adain"];
+const EACH: [&str; 6] = ["steps", "iterations", "learning_rate", "content_weight", "adain", "smoothing"];
 /// What only tasks by sampling have.
 const SAMPLING: [&str; 1] = ["guidance"];
 
@@ -85,6 +85,7 @@ fn over_by(own: &Config, settings: &mut Settings) -> Result<()> {
     settings.learning_rate = own.number("learning_rate", settings.learning_rate)?;
     settings.content_weight = own.number("content_weight", settings.content_weight)?;
     settings.adain = own.flag("adain", settings.adain)?;
+    settings.smoothing = own.number("smoothing", settings.smoothing)?;
     if settings.task.procedure() == Procedure::Sampling {
         settings.guidance = own.number("guidance", settings.guidance)?;
     }
