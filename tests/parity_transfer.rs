@@ -50,6 +50,9 @@ fn transfer(model: &Path, name: &str) {
         comparison.close("start", &run.references.adain(&run.latents).unwrap(), expected.get("start"), ACTIVATIONS);
         comparison.close("content", &run.targets().unwrap().content.unwrap(), expected.get("start"), ACTIVATIONS);
     }
+    if expected.find("smoothing").is_some() {
+        run.references.smoothing = expected.number("smoothing");
+    }
     run.iterations = expected.number("iterations") as usize;
     run.optimizer = Adam::new(AdamConfig::with_learning_rate(expected.number("learning_rate")));
 
@@ -85,6 +88,12 @@ fn two_styles() {
 #[test]
 fn from_the_styles_statistics() {
     transfer(&fixture("sd15"), "adain");
+}
+
+/// Of queries, by the content.
+#[test]
+fn smoothed() {
+    transfer(&fixture("sd15"), "smoothing");
 }
 
 /// Two steps of Adam per timestep, at another learning rate.

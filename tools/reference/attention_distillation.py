@@ -159,11 +159,12 @@ def load(kind, folder, dtype=torch.float32):
     return kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=saving)
 
 
-def ad_loss(picture, styles, sharpness=1.0, mask=None):
+def ad_loss(picture, styles, sharpness=1.0, mask=None, content=None, smoothing=0.0):
     """How far each layer's output is from what it would be, were the picture made of the styles.
 
     Every token of the picture attends to the tokens of all styles, unless `mask` has something to say: it is given the
     number of the picture's tokens and a list of the styles', and makes an attention mask (see `textures.py`).
+    `smoothing`, which the authors' procedure has not, draws queries towards the mean of those of places that `content` holds alike.
     """
     total = 0.0
     for index, layer in enumerate(picture):
@@ -174,7 +175,11 @@ def ad_loss(picture, styles, sharpness=1.0, mask=None):
                 for part in ("key", "value")
             )
             seen = mask and mask(layer.query.shape[2], [style[index].key.shape[2] for style in styles])
-            ideal = F.scaled_dot_product_attention(sharpness * layer.query, key, value, attn_mask=seen)
+            query = layer.query
+            if smoothing:
+                like = content[index]
+                query = torch.lerp(query, F.scaled_dot_product_attention(3 * like.query, like.key, query), smoothing)
+            ideal = F.scaled_dot_product_attention(sharpness * query, key, value, attn_mask=seen)
         total = total + (layer.output - ideal).abs().mean()
     return total
 
@@ -270,6 +275,7 @@ def optimise(
     learning_rate=0.05,
     mask=None,
     progress=None,
+    smoothing=0.0,
 ):
     """Moves `start` towards the styles, one timestep after the other; all arguments are latents.
 
@@ -284,10 +290,10 @@ def optimise(
         with torch.no_grad():
             # Clean references: the timestep only tells the network where to look.
             style_features = [model.features(style, timestep) for style in styles]
-            content_features = model.features(content, timestep) if content_weight else None
+            content_features = model.features(content, timestep) if content_weight or smoothing else None
         for _ in range(iterations):
             picture = model.features(latents, timestep)
-            loss = ad_loss(picture, style_features, mask=mask)
+            loss = ad_loss(picture, style_features, mask=mask, content=content_features, smoothing=smoothing)
             if content_weight:
                 loss = loss + content_weight * content_loss(picture, content_features)
             model.network.descend(optimizer, loss)

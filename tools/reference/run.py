@@ -56,6 +56,7 @@ def arguments():
     parser.add_argument("--lr", type=float, help="default: the authors'")
     parser.add_argument("--content-weight", type=float, default=0.25)
     parser.add_argument("--adain", action="store_true", help="of style_transfer: the content first gets the styles' statistics; the authors' does not")
+    parser.add_argument("--smoothing", type=float, default=0.0, help="of style_transfer: of queries, by the content; the authors' has none")
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--window", type=int, default=64, help="in latents")
@@ -71,6 +72,8 @@ def arguments():
         parser.error("style_transfer needs --content")
     if args.adain and args.task != "style_transfer":
         parser.error("--adain is of style_transfer: text_to_image always has it in each step, texture_expansion never")
+    if args.smoothing and args.task != "style_transfer":
+        parser.error("--smoothing is of style_transfer")
     for name, value in TASKS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -167,7 +170,7 @@ def main():
         content = encode(args.content)
         if args.adain:
             content = with_statistics(content, styles, most=4)
-        run = optimise(model, content, styles, content, args.content_weight, **settings)
+        run = optimise(model, content, styles, content, args.content_weight, smoothing=args.smoothing, **settings)
         picture = model.decode(run.latents)
     elif args.task == "text_to_image":
         settings |= {"guidance": args.guidance, "seed": args.seed, "size": args.size}
