@@ -35,7 +35,7 @@ class Case:
 
 CASES = {
     "bundled-256": Case(
-        "style_transfer", "bundled", (256, 256), 15, None, 6, 0.05, "style_harvest.png", {"--content-weight": 0.4, "--adain": None}
+        "style_transfer", "bundled", (256, 256), 15, None, 6, 0.05, "style_harvest.png", {"--content-weight": 0.3, "--adain": None, "--smoothing": 0.4}
     ),
     "sd15-512": Case("style_transfer", "sd15", (512, 512), 5, 200, 1, 0.05, "style_harvest.png", {"--content-weight": 0.25}),
     "sd15-sampling-512": Case(
