@@ -44,13 +44,17 @@ impl Layers {
 }
 
 /// Forward without a graph, as a progress display would ask; then with the gradient by the features that the loss looks at.
-fn bench(c: &mut Criterion, name: &str, layers: &Layers, labels: Option<LabelMap>, loss: &dyn Loss, of: fn(&LayerFeatures) -> &Tensor) {
+fn bench(
+    c: &mut Criterion,
+    name: &str,
+    layers: &Layers,
+    more: impl Fn(&mut References<Features>),
+    loss: &dyn Loss,
+    of: fn(&LayerFeatures) -> &Tensor,
+) {
     let (_, device) = layers.options;
     let mut references = References::styles([Style::new(layers.features())]).with_content(layers.features());
-    for style in &mut references.styles {
-        style.labels = labels.as_ref().map(LabelMap::shallow_clone);
-    }
-    references.labels = labels;
+    more(&mut references);
     let picture = layers.features();
     // Leaves, so that the backward pass ends where the network's would begin.
     let leaves = picture.try_map(|feature| Ok(feature.detach().set_requires_grad(true))).unwrap();
@@ -68,20 +72,32 @@ fn bench(c: &mut Criterion, name: &str, layers: &Layers, labels: Option<LabelMap
     group.finish();
 }
 
+/// The same labels for the picture and its style.
+fn labelled(labels: &LabelMap) -> impl Fn(&mut References<Features>) + '_ {
+    |references| {
+        for style in &mut references.styles {
+            style.labels = Some(labels.shallow_clone());
+        }
+        references.labels = Some(labels.shallow_clone());
+    }
+}
+
 fn losses(c: &mut Criterion) {
     let (device, kind) = device_and_kind();
     tch::manual_seed(0);
     for (model, shapes) in MODELS {
         let layers = Layers { shapes, options: (kind, device) };
-        bench(c, &format!("AD loss, {model}"), &layers, None, &AdLoss::default(), |layer| layer.output().unwrap());
+        bench(c, &format!("AD loss, {model}"), &layers, |_| (), &AdLoss::default(), |layer| layer.output().unwrap());
+        let smoothed = |references: &mut References<Features>| references.smoothing = 0.5;
+        bench(c, &format!("AD loss with smoothing, {model}"), &layers, smoothed, &AdLoss::default(), |layer| layer.output().unwrap());
         // Four areas, one above the other.
         let rows = Tensor::from_slice(&[0_i64, 1, 2, 3]).view([1, 1, 4, 1]);
         let hard = LabelMap::new(&rows).unwrap().resized((512, 512)).unwrap().to_device(device).unwrap();
-        bench(c, &format!("AD loss with labels, {model}"), &layers, Some(hard), &AdLoss::default(), |layer| layer.output().unwrap());
+        bench(c, &format!("AD loss with labels, {model}"), &layers, labelled(&hard), &AdLoss::default(), |layer| layer.output().unwrap());
         let shares = rows.eq_tensor(&rows.view([1, 4, 1, 1])).to_kind(Kind::Float).expand([1, 4, 4, 512], false);
         let soft = LabelMap::soft(&shares).unwrap().resized((512, 512)).unwrap().to_device(device).unwrap();
-        bench(c, &format!("AD loss with soft labels, {model}"), &layers, Some(soft), &AdLoss::default(), |layer| layer.output().unwrap());
-        bench(c, &format!("content loss, {model}"), &layers, None, &ContentLoss, |layer| &layer.query);
+        bench(c, &format!("AD loss with soft labels, {model}"), &layers, labelled(&soft), &AdLoss::default(), |layer| layer.output().unwrap());
+        bench(c, &format!("content loss, {model}"), &layers, |_| (), &ContentLoss, |layer| &layer.query);
     }
 }
 

@@ -52,7 +52,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     common::check_outputs(shared, &files)?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
-    shared.warn_without_content(content.is_some(), "give --content, whose layout it would keep");
+    shared.warn_without_content(content.is_some(), "give --content");
 
     let model = common::open_without_text(shared)?;
     let settings = shared.over(model.settings(task)?)?;

@@ -47,7 +47,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     common::check_outputs(shared, &files)?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
-    shared.warn_without_content(content.is_some(), "give --content, whose layout it would keep");
+    shared.warn_without_content(content.is_some(), "give --content");
     if shared.adain && styles.is_empty() {
         tracing::warn!("--adain is without effect here; give --style, whose statistics the latents would get");
     }

@@ -53,7 +53,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     common::check_outputs(shared, &files)?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     let regions = flags.regions.load(styles.len())?;
-    shared.warn_without_content(false, "an expansion has no layout to keep, only regions");
+    shared.warn_without_content(false, "an expansion has no content, only regions");
 
     let mut model = common::open_without_text(shared)?;
     model.set_seamless(flags.tile.seamless());

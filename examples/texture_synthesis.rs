@@ -54,14 +54,15 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     let regions = flags.regions.load(styles.len())?;
     let filled = regions.is_some() && !flags.no_fill;
-    shared.warn_without_content(filled, "give masks, without --no-fill: the layout that they are filled to is what it would keep");
+    shared.warn_without_content(filled, "give masks, without --no-fill: what they are filled to is the content");
 
     let mut model = common::open_without_text(shared)?;
     model.set_seamless(flags.tile.seamless());
     let mut settings = model.settings(flags.task())?;
     if filled && settings.content_weight == 0.0 {
         // What a texture from noise has no use for, a layout needs.
-        settings.content_weight = model.settings(flags.transfer())?.content_weight;
+        let transfer = model.settings(flags.transfer())?;
+        (settings.content_weight, settings.smoothing) = (transfer.content_weight, transfer.smoothing);
     }
     let settings = shared.over(settings)?;
     // The layout's own size, unless a flag says otherwise.

@@ -103,8 +103,8 @@ impl<D: Denoiser> Distiller<D> {
 }
 
 impl<D: Denoiser> Distiller<D, Adam> {
-    /// Applies those of a task's settings that a run can take once it is made: iterations, learning rate, AdaIN and the references' smoothing. Timesteps and
-    /// content weight are arguments of what makes a run, layers its extractor's.
+    /// Applies those of a task's settings that a run can take once it is made: iterations, learning rate, AdaIN and the references'
+    /// smoothing. Timesteps and content weight are arguments of what makes a run, layers its extractor's.
     ///
     /// # Errors
     /// As [`Settings::check`].
@@ -181,7 +181,8 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     }
 
     /// The next timestep, towards features of [`targets`](Self::targets) that the caller kept from an earlier run. Only without
-    /// [`adain`](Self::adain) are those of [`references`](Self::references) the same; nothing checks which were given.
+    /// [`adain`](Self::adain) are those of [`references`](Self::references) the same; nothing checks which were given. Their labels and
+    /// their smoothing count, not those of the run.
     ///
     /// # Errors
     /// As [`advance`](Self::advance).

@@ -95,7 +95,7 @@ impl<D: Denoiser, O: std::fmt::Debug> std::fmt::Debug for GuidedSampler<D, O> {
 
 impl<D: Denoiser> GuidedSampler<D> {
     /// With the AD loss alone, three iterations of Adam at each timestep, and no AdaIN; a content is of use with a content loss
-    /// only ([`with_settings`](Self::with_settings) adds one). `noise` is to be the source that drew
+    /// ([`with_settings`](Self::with_settings) adds one) or with [`References::smoothing`] only. `noise` is to be the source that drew
     /// `latents`: with the numbers of the latents once more, the references' noise would not be independent of them.
     pub fn new(
         extractor: FeatureExtractor<D>,
@@ -125,8 +125,9 @@ impl<D: Denoiser> GuidedSampler<D> {
     }
 
     /// Applies those of a task's settings that a run can take once it is made: iterations, learning rate, scale of the guidance,
-    /// AdaIN, the references' smoothing, and the loss: the AD loss and, where there is a content among the references, a content loss of that weight. Call it
-    /// first: the loss takes the place of the one before, as do the other fields. Timesteps are the schedule's, layers the extractor's.
+    /// AdaIN, the references' smoothing, and the loss: the AD loss and, where there is a content among the references, a content loss of that
+    /// weight. Call it first: the loss takes the place of the one before, as do the other fields. Timesteps are the schedule's, layers the
+    /// extractor's.
     ///
     /// # Errors
     /// As [`Settings::check`].

@@ -76,7 +76,7 @@
 //! Optimisation: encode style and content (the posterior's mean); start from the content, or from noise ([`Distiller::adain`](Distiller)
 //! first gives start and content the styles' statistics); for each timestep take the features of the clean references once, then
 //! `iterations` steps of one Adam on `z`; decode. Not in the paper: a run at half the size, then the last timesteps at the whole
-//! ([`Distiller::with_draft`]); queries that are alike where the content is ([`References::with_smoothing`]).
+//! ([`Distiller::with_draft`]); queries of places that are alike in the content drawn together ([`References::smoothing`](References)).
 //!
 //! Sampling: start from noise; for each timestep predict the noise under prompt and negative prompt, step with DDIM, and then,
 //! at the timestep that it led to, take the features of the noised references once, and `iterations` steps of a fresh Adam.

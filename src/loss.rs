@@ -1,7 +1,7 @@
 //! The paper's losses: AD loss, content loss, and their weighted sum.
 
 use crate::scalar::WithNumber;
-use crate::smoothing::smoothed;
+use crate::smoothing::{check_smoothing, smoothed};
 use crate::{attention::scaled_dot_product, bias::Bias, Error, Features, LayerFeatures, References, Result};
 use tch::{Kind, Reduction, Tensor};
 
@@ -66,7 +66,8 @@ impl AdLoss {
         for style in &references.styles {
             same_layers("style", picture, &style.of)?;
         }
-        if let (true, Some(content)) = (references.smoothing != 0.0, &references.content) {
+        check_smoothing(references.smoothing)?;
+        if let Some(content) = smoothing_content(references) {
             same_layers("content", picture, content)?;
         }
         let mut bias = Bias::new(references)?;
@@ -76,7 +77,10 @@ impl AdLoss {
     /// What the layer would put out if the picture were made of the styles.
     fn ideal(&self, i: usize, layer: &LayerFeatures, references: &References<Features>, bias: Option<&mut Bias<'_>>) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
-        let mut query = smoothed(i, layer, references)?;
+        let mut query = match smoothing_content(references).and_then(|content| content.layers().nth(i)) {
+            Some(content) => smoothed(layer, content, references.smoothing)?,
+            None => layer.query.shallow_clone(),
+        };
         if self.sharpness != 1.0 {
             query = query.times(self.sharpness)?;
         }
@@ -85,6 +89,11 @@ impl AdLoss {
         let bias = bias.map(|bias| bias.of(i, layer)).transpose()?;
         scaled_dot_product(&query, &key, &value, bias.as_ref(), layer.scale)
     }
+}
+
+/// Whose like places the queries are drawn together by, if they are.
+fn smoothing_content(references: &References<Features>) -> Option<&Features> {
+    references.content.as_ref().filter(|_| references.smoothing > 0.0)
 }
 
 /// The styles' tensors of layer `i`, one after the other along the tokens, for each picture of the batch.

@@ -112,9 +112,10 @@ impl Style {
 ///
 /// # Smoothing
 /// A picture's queries follow the colours that it takes on, so in one ground of the content two places nearly alike may settle on two parts of a
-/// style, as patches of a second colour. With a [`smoothing`](Self::smoothing) of `a` and a content, each place asks the styles with
-/// `(1 - a) Q + a Attn(3 Qc, Kc, Q)` in place of `Q`: drawn towards the mean of those places that the content, by its own attention of that
-/// layer, holds alike. It costs one attention more per layer and step, without gradients. The authors have no such thing.
+/// style, as patches of a second colour. With a [`smoothing`](Self::smoothing) of `a` and a content, [`AdLoss`](crate::AdLoss) has each place ask
+/// the styles with `(1 - a) Q + a Attn(3 Qc, Kc, Q)` in place of `Q`: drawn towards the mean of the queries of those places that are alike in
+/// the content, by its own attention in that layer. The content must then have the picture's size, and a batch of 1 or as many pictures, also
+/// where no content loss looks at it. It costs one attention more per layer and iteration, without gradients. The authors have no such thing.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct References<T = Tensor> {
@@ -127,7 +128,8 @@ pub struct References<T = Tensor> {
     /// Allows the picture to have labels that no style has: such places see every style as a whole. A style that has maps of
     /// its own for each picture of a batch has what any of them has; a picture whose map lacks it sees every style there.
     pub allow_missing_labels: bool,
-    /// `a` above, from 0, which leaves the queries as they are, to 1. Without a content of no effect.
+    /// `a` above, from 0, which leaves the queries as they are, to 1; what is out of range is refused by [`AdLoss`](crate::AdLoss). Without a
+    /// content of no effect. A run's `with_settings` sets it to [`Settings::smoothing`](crate::Settings::smoothing).
     pub smoothing: f64,
     /// What labels and weights come to, for these references and all that are made from them.
     pub(crate) memo: Memo,
@@ -171,7 +173,8 @@ impl<T> References<T> {
         self
     }
 
-    /// The same with another [`smoothing`](Self::smoothing), from 0 to 1.
+    /// The same with another [`smoothing`](Self::smoothing), from 0 to 1. For runs that are given no settings: `with_settings` puts the settings'
+    /// in its place.
     #[must_use]
     pub fn with_smoothing(mut self, smoothing: f64) -> Self {
         self.smoothing = smoothing;

@@ -100,7 +100,7 @@ pub struct Settings {
     /// [`Procedure::Sampling`] before the descents of each timestep, by [`Procedure::Optimisation`] the
     /// start, once, and the content that the loss looks at, within bounds ([`Distiller::adain`](crate::Distiller)).
     pub adain: bool,
-    /// How far queries are drawn towards those of places that the content holds alike, from 0 to 1
+    /// How far places that are alike in the content take from the same parts of the styles, from 0 to 1
     /// ([`References::smoothing`](crate::References::smoothing)); 0 is the authors'.
     pub smoothing: f64,
 }

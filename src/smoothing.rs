@@ -1,25 +1,35 @@
-//! Queries that are alike where the content is: against patches of a second colour in what is one ground.
+//! Queries of like places drawn together: against patches of a second colour in what is one ground.
 
 use crate::loss::{same_grid, serves};
 use crate::scalar::WithNumber;
-use crate::{attention::scaled_dot_product, Error, Features, LayerFeatures, References, Result};
+use crate::{attention::scaled_dot_product, Error, LayerFeatures, Result};
 use tch::Tensor;
 
-/// How much more sharply than the network itself a place of the content looks for its like. By 1 small things in colours of their own are
-/// averaged with what is around them; by 6 patches stay. Chosen with the bundled model.
+/// How much more sharply than the network itself a place of the content looks for its like. By 1 small things in colours of their own
+/// are averaged with what is around them. Chosen with the bundled model.
 const SHARPNESS: f64 = 3.0;
 
-/// What the picture's layer `i` asks the styles with: `(1 - a) Q + a Attn(3 Qc, Kc, Q)`, or `Q` itself where there is no content.
-pub(crate) fn smoothed(i: usize, layer: &LayerFeatures, references: &References<Features>) -> Result<Tensor> {
-    let (a, query) = (references.smoothing, &layer.query);
-    check_smoothing(a)?;
-    let content = references.content.as_ref().and_then(|content| content.layers().nth(i));
-    let (Some(content), true) = (content, a > 0.0) else { return Ok(query.shallow_clone()) };
-    same_grid(layer, content)?;
-    serves("content", &content.query, query.size4()?.0)?;
-    let each = |of: &Tensor| -> Result<Tensor> { Ok(of.f_expand_as(query)?) };
-    let mean = scaled_dot_product(&each(&content.query.times(SHARPNESS)?)?, &each(&content.key)?, query, None, content.scale)?;
-    Ok(query.f_lerp(&mean, a)?)
+/// What a layer of the picture asks the styles with: `(1 - a) Q + a Attn(3 Qc, Kc, Q)`, among places alone: the text of a joint
+/// attention has none.
+pub(crate) fn smoothed(picture: &LayerFeatures, content: &LayerFeatures, a: f64) -> Result<Tensor> {
+    same_grid(picture, content)?;
+    let (query, prefix) = (&picture.query, picture.site.prefix);
+    let (batch, _, tokens, width) = query.size4()?;
+    serves("content", &content.query, batch)?;
+    let (_, _, keys, _) = content.key.size4()?;
+    if keys != tokens {
+        let wanted = format!("for smoothing, a key for each of its {tokens} queries in layer {}", picture.site.index);
+        return Err(Error::shape("content", wanted, content.key.size()));
+    }
+    let of_places = |of: &Tensor| -> Result<Tensor> { Ok(of.f_narrow(2, prefix, tokens - prefix)?.f_expand([batch, -1, -1, -1], false)?) };
+    let asked = of_places(query)?;
+    let scale = SHARPNESS * content.scale.unwrap_or_else(|| (width as f64).sqrt().recip());
+    let mean = scaled_dot_product(&of_places(&content.query)?, &of_places(&content.key)?, &asked, None, Some(scale))?;
+    let drawn = asked.f_add(&mean.f_sub(&asked)?.times(a)?)?;
+    if prefix == 0 {
+        return Ok(drawn);
+    }
+    Ok(Tensor::f_cat(&[query.f_narrow(2, 0, prefix)?, drawn], 2)?)
 }
 
 /// From 0 to 1.

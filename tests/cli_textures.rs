@@ -144,9 +144,11 @@ fn flags_that_warn() {
     ] {
         let flags = [flags, more].concat();
         let plain = place.draw(&[&flags[..], &["--content-weight", "0"]].concat(), "plain.png");
-        let outcome = place.run(&[&flags[..], &["--content-weight", "0.5", "--device", "cpu", "--output", "warned.png"]].concat());
-        let stderr = texts(&outcome).1;
-        assert_eq!(stderr.matches("WARN --content-weight is without effect").count(), 1, "{flags:?}: {stderr}");
+        let given = ["--content-weight", "0.5", "--smoothing", "0.5", "--device", "cpu", "--output", "warned.png"];
+        let stderr = texts(&place.run(&[&flags[..], &given].concat())).1;
+        for flag in ["--content-weight", "--smoothing"] {
+            assert_eq!(stderr.matches(&format!("WARN {flag} is without effect")).count(), 1, "{flags:?}: {stderr}");
+        }
         assert_eq!(differ(&image::load(place.path("warned.png")).unwrap(), &plain), 0.0, "{flags:?}");
     }
     for (size, tile, warns) in [("64x32", "x", false), ("32x64", "x", true), ("64x32", "y", true), ("64x96", "both", true), ("40x48", "none", false)]

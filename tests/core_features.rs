@@ -222,6 +222,7 @@ fn a_network_that_scales_its_own_queries_is_the_same_to_all() {
     assert!(relative(&scaled.denoiser.forward(&z, 500.0, &1.0, &mut PlainAttention).unwrap(), &output) < 1e-6);
 
     let styles = References::styles([Style::new(latents(3, 6, 4)), Style::new(latents(4, 3, 5)).with_weight(2.0)]);
+    let styles = styles.with_content(latents(5, 4, 6)).with_smoothing(0.5);
     let wanted = plain.references(&styles, 500.0).unwrap();
     let handles = |features: &Features| [features.try_map(|t| Ok(t.shallow_clone())).unwrap(), features.shallow_clone()];
     let found = scaled.references(&styles, 500.0).unwrap();

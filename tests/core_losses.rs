@@ -4,7 +4,8 @@
 mod toy;
 
 use attention_distillation::{
-    AdLoss, AttentionHook, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Loss, References, Result, Style, TotalLoss,
+    AdLoss, AttentionHook, AttentionSite, ContentLoss, Denoiser, Error, FeatureExtractor, Features, LayerFeatures, Loss, Qkv, References, Result,
+    Style, TotalLoss,
 };
 use std::sync::{
     atomic::{AtomicUsize, Ordering},
@@ -111,8 +112,75 @@ fn smoothing_draws_queries_towards_those_of_like_places() {
     let pair = |a: &Tensor, b: &Tensor| features(&toy, &Tensor::cat(&[a, b], 0));
     let both = pair(&z, &second);
     close(ad(&both, &references(0.5)), (alone[0] + alone[1]) / 2.0, ROUNDING * 10.0);
-    let each = References::style(style.shallow_clone()).with_content(pair(&other, &other)).with_smoothing(0.5);
-    close(ad(&both, &each), (alone[0] + alone[1]) / 2.0, ROUNDING * 10.0);
+    let third = latents(7, 6, 8);
+    let of_third = References::style(style.shallow_clone()).with_content(features(&toy, &third)).with_smoothing(0.5);
+    let second_by_third = ad(&features(&toy, &second), &of_third);
+    assert!((second_by_third - alone[1]).abs() > 1e-3, "another content is another loss");
+    let each = References::style(style.shallow_clone()).with_content(pair(&other, &third)).with_smoothing(0.5);
+    close(ad(&both, &each), (alone[0] + second_by_third) / 2.0, ROUNDING * 10.0);
+    // Smoothed queries are of the target alone: the gradient is that towards a constant.
+    let leaf = z.detach().set_requires_grad(true);
+    let constant = tch::no_grad(|| {
+        let ideal = |((own, content), style): ((&LayerFeatures, &LayerFeatures), &LayerFeatures)| {
+            let query = f64_of(&own.query) * 0.5 + attention(&content.query, &content.key, &own.query, 3.0) * 0.5;
+            attention(&query, &style.key, &style.value, 1.0).to_kind(Kind::Float)
+        };
+        picture.layers().zip(content.layers()).zip(style.layers()).map(ideal).collect::<Vec<_>>()
+    });
+    let seen = extractor(&toy).extract(&leaf, 500.0).unwrap();
+    let terms = seen.layers().zip(&constant).map(|(layer, ideal)| (layer.output().unwrap() - ideal).abs().mean(None::<Kind>));
+    let by_constant = Tensor::run_backward(&[terms.sum::<Tensor>()], &[leaf], false, false).remove(0);
+    let (_, gradient) = extractor(&toy).gradient(&z, 500.0, &references(0.5), &AdLoss::default()).unwrap();
+    assert!(relative(&gradient, &by_constant) < 1e-5);
+    // Half precisions round it as they round the loss without.
+    for (kind, bound) in [(Kind::Half, 2e-3), (Kind::BFloat16, 2e-2)] {
+        let half = Toy::new(kind);
+        let references = toy::style(&half, &latents(2, 8, 4)).with_content(features(&half, &other)).with_smoothing(0.5);
+        close(ad(&features(&half, &z), &references), alone[0], bound);
+    }
+}
+
+/// One layer whose attention has text among it: tokens of its own before the places, or fewer keys than queries.
+struct Joint {
+    text: i64,
+    keys: i64,
+}
+
+impl Denoiser for Joint {
+    type Condition = ();
+
+    fn forward(&self, latents: &Tensor, _: f64, (): &(), hook: &mut dyn AttentionHook) -> Result<Tensor> {
+        let (batch, channels, height, width) = latents.size4()?;
+        let places = latents.flatten(2, 3).transpose(1, 2).unsqueeze(1);
+        let text = toy::noise(3, &[1, 1, self.text, channels]).expand([batch, -1, -1, -1], false) * 2.0;
+        let tokens = Tensor::cat(&[text, places], 2);
+        let keys = tokens.narrow(2, 0, self.keys.min(tokens.size()[2]));
+        hook.attend(&AttentionSite::self_attention(0, (height, width)).with_prefix(self.text), Qkv::new(tokens, keys.cos(), keys))
+    }
+}
+
+#[test]
+fn smoothing_is_among_places() {
+    tch::set_num_threads(1);
+    let seen = |net: &Joint, seed: u64| FeatureExtractor::new(net, (), 0..1).extract(&latents(seed, 4, 5), 500.0).unwrap();
+    let all = |text: i64| Joint { text, keys: i64::MAX };
+    let net = all(3);
+    let (picture, content, style) = (seen(&net, 1), seen(&net, 2), seen(&net, 3));
+    let [own, like, styles] = [&picture, &content, &style].map(|features| features.layers().next().unwrap());
+    let places = |t: &Tensor| t.narrow(2, 3, 20);
+    let drawn = f64_of(&places(&own.query)) * 0.6 + attention(&places(&like.query), &places(&like.key), &places(&own.query), 3.0) * 0.4;
+    let query = Tensor::cat(&[f64_of(&own.query.narrow(2, 0, 3)), drawn], 2);
+    let ideal = attention(&query, &styles.key, &styles.value, 1.0);
+    let wanted = number(&(f64_of(own.output().unwrap()) - ideal).abs().mean(None::<Kind>));
+    let references = |style: Features, content: Features| References::style(style).with_content(content).with_smoothing(0.4);
+    close(ad(&picture, &references(style.shallow_clone(), content)), wanted, ROUNDING * 10.0);
+    // Places without keys of their own have nothing to be alike by.
+    for keys in [1, 7] {
+        let net = Joint { text: 0, keys };
+        let error = AdLoss::default().evaluate(&seen(&net, 1), &references(seen(&net, 3), seen(&net, 2))).unwrap_err();
+        assert!(matches!(error, Error::Shape { name: "content", .. }), "{error}");
+        assert!(error.to_string().contains("a key for each of its 20 queries"), "{error}");
+    }
 }
 
 #[test]

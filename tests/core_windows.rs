@@ -192,7 +192,7 @@ fn a_step_is_what_the_paper_says() {
     assert_eq!(views.iter().map(|view| view.left).collect::<Vec<_>>(), [0, 4, 8, 12, 13]);
     let sizes = [(8, 8), (4, 6), (8, 8), (4, 6), CANVAS];
     let draws = |batch: usize| sizes.iter().zip(100 * (batch as u64 + 1)..).map(|((h, w), seed)| latents(seed, *h, *w)).collect::<Vec<_>>();
-    for per_batch in [false, true] {
+    for (per_batch, smoothing) in [(false, 0.0), (true, 0.0), (false, 0.5), (true, 0.5)] {
         let clean = references();
         let (mut parts, mut losses) = (vec![], 0.0);
         for (batch, views) in views.chunks(2).enumerate() {
@@ -204,7 +204,8 @@ fn a_step_is_what_the_paper_says() {
             let styles = [noised(&clean.styles[0].of, 0), noised(&clean.styles[1].of, 1)];
             z = adain(&z, &styles).unwrap();
             let noisy = References::styles([Style::new(noised(&clean.styles[0].of, 2)), Style::new(noised(&clean.styles[1].of, 3))])
-                .with_content(cut_all(&noised(clean.content.as_ref().unwrap(), 4), views));
+                .with_content(cut_all(&noised(clean.content.as_ref().unwrap(), 4), views))
+                .with_smoothing(smoothing);
             let features = extractor(&toy).references(&noisy, next).unwrap();
             let loss = TotalLoss::default().plus(1.0, AdLoss::default()).plus(0.2, ContentLoss);
             let mut adam = Adam::default();
@@ -225,6 +226,7 @@ fn a_step_is_what_the_paper_says() {
             assert_eq!(drawn.size(), like.size());
             Ok(drawn)
         });
+        run.references.smoothing = smoothing;
         run.step = index;
         let progress = run.advance().unwrap().unwrap();
         let mean = losses / VIEWS as f64;

@@ -159,12 +159,16 @@ def load(kind, folder, dtype=torch.float32):
     return kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=saving)
 
 
+LIKE_SHARPNESS = 3.0
+"""How much more sharply than the network itself the content looks for its like, in smoothing."""
+
+
 def ad_loss(picture, styles, sharpness=1.0, mask=None, content=None, smoothing=0.0):
     """How far each layer's output is from what it would be, were the picture made of the styles.
 
     Every token of the picture attends to the tokens of all styles, unless `mask` has something to say: it is given the
     number of the picture's tokens and a list of the styles', and makes an attention mask (see `textures.py`).
-    `smoothing`, which the authors' procedure has not, draws queries towards the mean of those of places that `content` holds alike.
+    `smoothing`, which the authors' procedure does not have, draws queries towards the mean of those of places that are alike in `content`.
     """
     total = 0.0
     for index, layer in enumerate(picture):
@@ -176,9 +180,10 @@ def ad_loss(picture, styles, sharpness=1.0, mask=None, content=None, smoothing=0
             )
             seen = mask and mask(layer.query.shape[2], [style[index].key.shape[2] for style in styles])
             query = layer.query
-            if smoothing:
+            if smoothing and content is not None:
                 like = content[index]
-                query = torch.lerp(query, F.scaled_dot_product_attention(3 * like.query, like.key, query), smoothing)
+                mean = F.scaled_dot_product_attention(LIKE_SHARPNESS * like.query, like.key, query)
+                query = torch.lerp(query, mean, smoothing)
             ideal = F.scaled_dot_product_attention(sharpness * query, key, value, attn_mask=seen)
         total = total + (layer.output - ideal).abs().mean()
     return total
@@ -290,7 +295,7 @@ def optimise(
         with torch.no_grad():
             # Clean references: the timestep only tells the network where to look.
             style_features = [model.features(style, timestep) for style in styles]
-            content_features = model.features(content, timestep) if content_weight or smoothing else None
+            content_features = model.features(content, timestep) if content is not None and (content_weight or smoothing) else None
         for _ in range(iterations):
             picture = model.features(latents, timestep)
             loss = ad_loss(picture, style_features, mask=mask, content=content_features, smoothing=smoothing)
