@@ -61,8 +61,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let mut settings = model.settings(flags.task())?;
     if filled && settings.content_weight == 0.0 {
         // What a texture from noise has no use for, a layout needs.
-        let transfer = model.settings(flags.transfer())?;
-        (settings.content_weight, settings.smoothing) = (transfer.content_weight, transfer.smoothing);
+        settings.content_weight = model.settings(flags.transfer())?.content_weight;
     }
     let settings = shared.over(settings)?;
     // The layout's own size, unless a flag says otherwise.

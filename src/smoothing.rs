@@ -1,16 +1,16 @@
-//! Queries of like places drawn together: against patches of a second colour in what is one ground.
+//! Draws queries of like places together, against patches of a second colour within one ground.
 
 use crate::loss::{same_grid, serves};
 use crate::scalar::WithNumber;
 use crate::{attention::scaled_dot_product, Error, LayerFeatures, Result};
 use tch::Tensor;
 
-/// How much more sharply than the network itself a place of the content looks for its like. By 1 small things in colours of their own
+/// How much more sharply than the network itself a place of the content looks for its like. With 1, small things in colours of their own
 /// are averaged with what is around them. Chosen with the bundled model.
 const SHARPNESS: f64 = 3.0;
 
-/// What a layer of the picture asks the styles with: `(1 - a) Q + a Attn(3 Qc, Kc, Q)`, among places alone: the text of a joint
-/// attention has none.
+/// What a layer of the picture asks the styles with: `(1 - a) Q + a Attn(3 Qc, Kc, Q)`. The text tokens of a joint attention are left as
+/// they are.
 pub(crate) fn smoothed(picture: &LayerFeatures, content: &LayerFeatures, a: f64) -> Result<Tensor> {
     same_grid(picture, content)?;
     let (query, prefix) = (&picture.query, picture.site.prefix);

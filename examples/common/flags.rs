@@ -37,7 +37,8 @@ pub struct Shared {
     /// Leave the latents' statistics as they are
     #[arg(long, overrides_with = "adain")]
     pub no_adain: bool,
-    /// Against patches of a second colour: how far places that are alike in the content take from the same parts of the styles, 0 (off) to 1
+    /// Against patches of a second colour: how far places that are alike in the content take from the same parts of the styles, 0 (off) to 1;
+    /// default: what the model or the task says
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub smoothing: Option<f64>,
     /// Self-attention layers in execution order; default: the last six
