@@ -7,7 +7,7 @@ mod common;
 
 use attention_distillation::stable_diffusion::{Condition, ControlNet};
 use attention_distillation::tch::{Device, Kind, Tensor};
-use attention_distillation::{image, Guidance, GuidedSampler, Noise, References, Settings, StableDiffusion, Windows};
+use attention_distillation::{image, Guidance, GuidedSampler, Noise, References, Settings, StableDiffusion, Task, Windows};
 use common::{device_and_kind, finished, memory};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
 use std::{collections::BTreeSet, fs, path::Path};
@@ -118,7 +118,7 @@ fn guided(c: &mut Criterion) {
     });
 
     // Of a style transfer by sampling: from noise without guidance, held to the photograph by the content loss.
-    let settings = model.settings(Settings::style_transfer_by_sampling()).unwrap();
+    let settings = model.settings(Task::StyleTransferBySampling);
     let mut noise = Noise::seeded(0);
     let start = model.noise(1, SIZE, &mut noise).unwrap();
     let guidance = model.guidance(&[""], None, settings.guidance, SIZE).unwrap();

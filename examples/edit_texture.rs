@@ -4,7 +4,7 @@
 
 mod common;
 
-use attention_distillation::{image, Error, GuidedSampler, Noise, Result, Settings};
+use attention_distillation::{image, Error, GuidedSampler, Noise, Result, Task};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
 
@@ -32,13 +32,11 @@ fn main() -> ExitCode {
 }
 
 /// By sampling, with as much content loss as style transfer has.
-fn task() -> Settings {
-    Settings::style_transfer_by_sampling()
-}
+const TASK: Task = Task::StyleTransferBySampling;
 
 fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let shared = &flags.shared;
-    shared.over(task())?;
+    shared.over(TASK.settings())?;
     if !(flags.strength > 0.0 && flags.strength <= 1.0) {
         let reason = format!("{} of the steps are none, or more than all; use 0.6 or so", flags.strength);
         return Err(Error::Argument { argument: "strength", reason });
@@ -49,7 +47,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
 
     let model = common::open_without_text(shared)?;
-    let settings = shared.over(model.settings(task())?)?;
+    let settings = shared.over(model.settings(TASK))?;
     let size = common::output_size(&model, shared, &settings, Some(&layout))?;
     let layout = image::resize(&layout, size)?;
     let styles = common::scaled_to_area(&model, &styles, size)?;

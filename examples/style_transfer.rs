@@ -5,7 +5,7 @@
 mod common;
 
 use attention_distillation::tch::Tensor;
-use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings, StableDiffusion};
+use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings, StableDiffusion, Task};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -43,10 +43,10 @@ fn main() -> ExitCode {
 fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let shared = &flags.shared;
     let task = match flags.method {
-        Method::Optimise => Settings::style_transfer(),
-        Method::Sample => Settings::style_transfer_by_sampling(),
+        Method::Optimise => Task::StyleTransfer,
+        Method::Sample => Task::StyleTransferBySampling,
     };
-    shared.over(task.clone())?;
+    shared.over(task.settings())?;
     flags.draft.check(flags.method == Method::Optimise)?;
     let files = common::files(shared, 1);
     common::check_outputs(shared, &files)?;
@@ -55,7 +55,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     shared.warn_without_content(content.is_some(), "give --content");
 
     let model = common::open_without_text(shared)?;
-    let settings = shared.over(model.settings(task)?)?;
+    let settings = shared.over(model.settings(task))?;
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let transfer = Transfer { flags, model: &model, settings: &settings, files: &files };
     let inputs = transfer.scaled(content.as_ref(), &styles, size)?;

@@ -4,7 +4,7 @@
 
 mod common;
 
-use attention_distillation::{image, tch::Device, tch::Tensor, GuidedSampler, Noise, Result, Scheduler, Settings};
+use attention_distillation::{image, tch::Device, tch::Tensor, GuidedSampler, Noise, Result, Scheduler, Settings, Task};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
 
@@ -58,8 +58,11 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let control = flags.control.load(shared)?;
 
     let mut model = common::open(shared)?;
-    let task = if model.is_xl() { Settings::text_to_image_xl() } else { Settings::text_to_image() };
-    let settings = flags.over(model.settings(task)?)?;
+    if styles.is_empty() {
+        // There are no descents, so nothing is kept for them, and the memory for that need not be there.
+        model.set_gradient_checkpointing(true);
+    }
+    let settings = flags.over(model.settings(Task::TextToImage))?;
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let ddim = model.ddim(settings.steps)?;
     let control = control.map(|loaded| flags.control.of(&mut model, loaded, size, ddim.timesteps())).transpose()?;

@@ -5,7 +5,7 @@
 mod common;
 
 use attention_distillation::stable_diffusion::{Tiles, Tiling};
-use attention_distillation::{image, tch::Kind, tch::Tensor, GuidedSampler, Noise, Result, Settings, Windows};
+use attention_distillation::{image, tch::Kind, tch::Tensor, GuidedSampler, Noise, Result, Settings, Task, Windows};
 use clap::Parser;
 use std::{path::PathBuf, process::ExitCode};
 
@@ -63,7 +63,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     // Decoding, too, is to need the memory of a window, not of the canvas.
     let tile = windows.size.max(64);
     model.set_tiling(Tiling::Always(Tiles { size: tile, overlap: tile / 2 }))?;
-    let settings = shared.over(model.settings(Settings::texture_expansion())?)?;
+    let settings = shared.over(model.settings(Task::TextureExpansion))?;
     // The canvas may be larger than what the network could take at once; a window may not.
     let size = model.vae().fit(match (&regions, shared.size) {
         (Some(regions), None) => regions.target.size()?,

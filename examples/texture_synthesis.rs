@@ -4,7 +4,7 @@
 
 mod common;
 
-use attention_distillation::{image, tch::Tensor, Distiller, GuidedSampler, Noise, Result, Settings};
+use attention_distillation::{image, tch::Tensor, Distiller, GuidedSampler, Noise, Result, Task};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
 
 fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let shared = &flags.shared;
-    shared.over(flags.task())?;
+    shared.over(flags.task().settings())?;
     let files = common::files(shared, flags.count.into());
     common::check_outputs(shared, &files)?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
@@ -58,10 +58,10 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
 
     let mut model = common::open_without_text(shared)?;
     model.set_seamless(flags.tile.seamless());
-    let mut settings = model.settings(flags.task())?;
+    let mut settings = model.settings(flags.task());
     if filled && settings.content_weight == 0.0 {
         // What a texture from noise has no use for, a layout needs.
-        settings.content_weight = model.settings(flags.transfer())?.content_weight;
+        settings.content_weight = model.settings(flags.transfer()).content_weight;
     }
     let settings = shared.over(settings)?;
     // The layout's own size, unless a flag says otherwise.
@@ -115,17 +115,17 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
 
 impl Flags {
     /// Whose content weight a filled layout has.
-    fn transfer(&self) -> Settings {
+    fn transfer(&self) -> Task {
         match self.method {
-            Method::Optimise => Settings::style_transfer(),
-            Method::Sample => Settings::style_transfer_by_sampling(),
+            Method::Optimise => Task::StyleTransfer,
+            Method::Sample => Task::StyleTransferBySampling,
         }
     }
 
-    fn task(&self) -> Settings {
+    fn task(&self) -> Task {
         match self.method {
-            Method::Optimise => Settings::texture_synthesis(),
-            Method::Sample => Settings::texture_by_sampling(),
+            Method::Optimise => Task::TextureSynthesis,
+            Method::Sample => Task::TextureBySampling,
         }
     }
 }

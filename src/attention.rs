@@ -86,6 +86,9 @@ impl Qkv {
 
     /// `Attn(Q, K, V) = softmax(Q K^T * scale + mask) V`, shape `(batch, heads, tokens, head_dim)`. On a GPU
     /// never by cuDNN, see [`device`](crate::device).
+    ///
+    /// # Errors
+    /// libtorch's: tensors of shapes, kinds or devices that do not go together.
     pub fn attend(&self) -> Result<Tensor> {
         scaled_dot_product(&self.query, &self.key, &self.value, self.mask.as_ref(), self.scale)
     }
@@ -187,6 +190,9 @@ impl<'h> DeferredHook<'h> {
     }
 
     /// The network's output, or the error that was kept.
+    ///
+    /// # Errors
+    /// The first of the hook.
     pub fn finish(self, output: Tensor) -> Result<Tensor> {
         match self.error {
             Some(error) => Err(error),

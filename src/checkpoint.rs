@@ -13,8 +13,8 @@ pub struct Checkpoint {
     pub procedure: Procedure,
     /// Steps done.
     pub step: usize,
-    /// Steps in all.
-    pub steps: usize,
+    /// Those of the whole run, done or not.
+    pub timesteps: Vec<f64>,
     /// `(batch, channels, height, width)`, in latents.
     pub latents: Tensor,
     /// The optimizer's state.
@@ -34,8 +34,8 @@ const NOISE: &str = "noise";
 
 impl Checkpoint {
     /// Of copies.
-    pub(crate) fn new(procedure: Procedure, step: usize, steps: usize, latents: &Tensor, optimizer: &[(String, Tensor)]) -> Result<Self> {
-        Ok(Self { procedure, step, steps, latents: copy(latents)?, optimizer: copy_state(optimizer)?, noise: None })
+    pub(crate) fn new(procedure: Procedure, step: usize, timesteps: &[f64], latents: &Tensor, optimizer: &[(String, Tensor)]) -> Result<Self> {
+        Ok(Self { procedure, step, timesteps: timesteps.to_vec(), latents: copy(latents)?, optimizer: copy_state(optimizer)?, noise: None })
     }
 
     pub(crate) fn with_noise(mut self, noise: Option<Tensor>) -> Self {
@@ -43,16 +43,20 @@ impl Checkpoint {
         self
     }
 
-    /// A copy of the latents for a run of so many steps that now stands at `current`.
+    /// A copy of the latents for a run through these timesteps that now stands at `current`.
     ///
     /// # Errors
-    /// A checkpoint of the other procedure, of another number of steps, of latents of another shape, or that are not finite.
-    pub(crate) fn latents_for(&self, procedure: Procedure, steps: usize, current: &Tensor) -> Result<Tensor> {
+    /// A checkpoint of the other procedure, of other timesteps, of latents of another shape, or that are not finite.
+    pub(crate) fn latents_for(&self, procedure: Procedure, timesteps: &[f64], current: &Tensor) -> Result<Tensor> {
         if self.procedure != procedure {
             return Err(Error::argument("checkpoint", format!("is of a run by {:?}, this one is by {procedure:?}", self.procedure)));
         }
-        if self.steps != steps || self.step > self.steps {
-            return Err(Error::argument("checkpoint", format!("is at step {} of {}, this run has {steps} steps", self.step, self.steps)));
+        let steps = self.timesteps.len();
+        if steps != timesteps.len() || self.step > steps {
+            return Err(Error::argument("checkpoint", format!("is at step {} of {steps}, this run has {} steps", self.step, timesteps.len())));
+        }
+        if let Some((theirs, ours)) = self.timesteps.iter().zip(timesteps).find(|(theirs, ours)| theirs != ours) {
+            return Err(Error::argument("checkpoint", format!("is of a run through other timesteps: {theirs} where this one has {ours}")));
         }
         if self.latents.size() != current.size() {
             return Err(Error::shape("checkpoint", format!("latents {:?}, this run's", current.size()), self.latents.size()));
@@ -73,7 +77,7 @@ impl Checkpoint {
         let mut tensors = vec![
             ("latents".to_owned(), self.latents.shallow_clone()),
             ("step".to_owned(), count(self.step)?),
-            ("steps".to_owned(), count(self.steps)?),
+            ("timesteps".to_owned(), Tensor::f_from_slice(&self.timesteps)?),
             (SAMPLING.to_owned(), count(usize::from(self.procedure == Procedure::Sampling))?),
         ];
         tensors.extend(self.noise.iter().map(|state| (NOISE.to_owned(), state.shallow_clone())));
@@ -87,12 +91,13 @@ impl Checkpoint {
     /// [`Error::Io`], or [`Error::Weights`] if the file is damaged or something else.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let (mut latents, mut step, mut steps, mut procedure, mut noise, mut optimizer) = (None, None, None, Procedure::Optimisation, None, vec![]);
+        let (mut latents, mut step, mut timesteps, mut procedure, mut noise, mut optimizer) =
+            (None, None, None, Procedure::Optimisation, None, vec![]);
         for (name, tensor) in tensor_file::read(path)? {
             match name.as_str() {
                 "latents" => latents = Some(tensor),
                 "step" => step = count(&tensor),
-                "steps" => steps = count(&tensor),
+                "timesteps" => timesteps = numbers(&tensor),
                 SAMPLING if count(&tensor) == Some(1) => procedure = Procedure::Sampling,
                 NOISE => noise = Some(tensor),
                 other => {
@@ -102,13 +107,17 @@ impl Checkpoint {
                 }
             }
         }
-        match (latents, step, steps) {
-            (Some(latents), Some(step), Some(steps)) => Ok(Self { procedure, step, steps, latents, optimizer, noise }),
-            _ => Err(Error::Weights { file: path.to_owned(), reason: "is not a run's checkpoint: it lacks `latents`, `step` or `steps`".into() }),
+        match (latents, step, timesteps) {
+            (Some(latents), Some(step), Some(timesteps)) => Ok(Self { procedure, step, timesteps, latents, optimizer, noise }),
+            _ => Err(Error::Weights { file: path.to_owned(), reason: "is not a run's checkpoint: it lacks `latents`, `step` or `timesteps`".into() }),
         }
     }
 }
 
 fn count(tensor: &Tensor) -> Option<usize> {
     (tensor.numel() == 1 && tensor.f_kind().ok()? == Kind::Int64).then(|| tensor.f_int64_value(&[0]).ok())?.and_then(|n| usize::try_from(n).ok())
+}
+
+fn numbers(tensor: &Tensor) -> Option<Vec<f64>> {
+    (tensor.dim() == 1 && tensor.f_kind().ok()? == Kind::Double).then(|| Vec::<f64>::try_from(tensor).ok())?
 }

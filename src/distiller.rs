@@ -5,7 +5,8 @@ use crate::progress::start_of_last;
 use crate::soundness::Soundness;
 use crate::Settings;
 use crate::{
-    AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Optimizer, Procedure, Progress, References, Result, TotalLoss,
+    AdLoss, Adam, Checkpoint, ContentLoss, Denoiser, Error, FeatureExtractor, Features, Loss, Optimizer, Procedure, Progress, References, Result,
+    TotalLoss,
 };
 use tch::{Kind, Tensor};
 
@@ -153,14 +154,18 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         Ok(self)
     }
 
-    /// What the steps go towards: the [references](Self::references), where [`adain`](Self::adain) is on with the content in the styles' mean
-    /// and deviation, in f32; where these are each picture's own, a content that serves a whole batch becomes one for each. The references
-    /// themselves stay as they are.
+    /// What the steps go towards: the [references](Self::references), without a content that the loss [does not use](crate::Loss::uses_content);
+    /// where [`adain`](Self::adain) is on with the content in the styles' mean and deviation, in f32; where these are each picture's own, a
+    /// content that serves a whole batch becomes one for each. The references themselves stay as they are.
     ///
     /// # Errors
     /// As [`References::adain`].
     pub fn targets(&self) -> Result<References> {
         let mut targets = self.references.shallow_clone();
+        if !self.loss.uses_content(&self.references) {
+            targets.content = None;
+            return Ok(targets);
+        }
         if let (true, Some(content)) = (self.adain, &self.references.content) {
             let pictures = self.latents.size().first().copied().unwrap_or(1);
             targets.content = Some(tch::no_grad(|| self.references.adain_of_content(content, pictures, WIDEN))?);
@@ -267,16 +272,16 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
     /// As [`check`](Self::check): what is saved is sound.
     pub fn checkpoint(&mut self) -> Result<Checkpoint> {
         self.check()?;
-        Checkpoint::new(Procedure::Optimisation, self.step, self.timesteps.len(), &self.latents, &self.optimizer.state()?)
+        Checkpoint::new(Procedure::Optimisation, self.step, &self.timesteps, &self.latents, &self.optimizer.state()?)
     }
 
     /// Goes on from a checkpoint of a run with the same settings, to the same picture.
     ///
     /// # Errors
-    /// A checkpoint of another number of steps, of latents of another shape or that are not finite, or with a state that
+    /// A checkpoint of other timesteps, of latents of another shape or that are not finite, or with a state that
     /// this run's optimizer cannot take; the run is then as it was.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let latents = checkpoint.latents_for(Procedure::Optimisation, self.timesteps.len(), &self.latents)?;
+        let latents = checkpoint.latents_for(Procedure::Optimisation, &self.timesteps, &self.latents)?;
         let state = state_on(&checkpoint.optimizer, self.latents.device())?;
         self.optimizer.check_state(&state, &latents)?;
         self.optimizer.load_state(state)?;

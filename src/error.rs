@@ -126,6 +126,19 @@ pub enum Error {
         reason: String,
     },
 
+    /// On a CPU, which would end the program without a word: what was asked for takes more memory than there is. Nothing was begun.
+    #[error("{what} needs more than {:.1} GiB of memory, of which {:.1} GiB are free; {advice}", gib(*.needed), gib(*.free))]
+    Memory {
+        /// What was asked for, and how large.
+        what: String,
+        /// Bytes, at least.
+        needed: i64,
+        /// Bytes that the machine, or the container, has left.
+        free: i64,
+        /// What to do.
+        advice: String,
+    },
+
     /// The Hugging Face hub could not be reached or lacks a file.
     #[error("{repo}: {reason}")]
     Hub {
@@ -153,10 +166,11 @@ impl Error {
         Self::Denoiser(error.into())
     }
 
-    /// The device ran out of memory. A run stands at its last finished step and goes on from
-    /// there once there is room.
+    /// The device ran out of memory, or a CPU would have ([`Memory`](Self::Memory)). A run stands at its last finished step and goes on
+    /// from there once there is room.
     pub fn is_out_of_memory(&self) -> bool {
         match self {
+            Self::Memory { .. } => true,
             Self::Torch(error) => says_out_of_memory(&error.to_string()),
             // The cause may lie deeper than the error that the network gave.
             Self::Denoiser(error) => std::iter::successors(Some(error.as_ref() as &(dyn std::error::Error + 'static)), |e| e.source())
@@ -177,6 +191,10 @@ impl Error {
         let path = path.into();
         move |source| Self::Io { path, source }
     }
+}
+
+fn gib(bytes: i64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }
 
 fn in_brackets(timestep: f64) -> String {

@@ -282,17 +282,17 @@ impl<D: Denoiser, O: Optimizer> GuidedSampler<D, O> {
     /// As [`check`](Self::check): what is saved is sound.
     pub fn checkpoint(&mut self) -> Result<Checkpoint> {
         self.check()?;
-        let checkpoint = Checkpoint::new(Procedure::Sampling, self.step, self.scheduler.timesteps().len(), &self.latents, &[])?;
+        let checkpoint = Checkpoint::new(Procedure::Sampling, self.step, self.scheduler.timesteps(), &self.latents, &[])?;
         Ok(checkpoint.with_noise(self.noise.state()?))
     }
 
     /// Goes on from a checkpoint of a run with the same settings, to the same picture.
     ///
     /// # Errors
-    /// A checkpoint of the other procedure, of another number of steps, of latents of another shape or that are not finite,
+    /// A checkpoint of the other procedure, of other timesteps, of latents of another shape or that are not finite,
     /// or of a run with another kind of [`Noise`]; the run is then as it was.
     pub fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let latents = checkpoint.latents_for(Procedure::Sampling, self.scheduler.timesteps().len(), &self.latents)?;
+        let latents = checkpoint.latents_for(Procedure::Sampling, self.scheduler.timesteps(), &self.latents)?;
         self.noise.load_state(checkpoint.noise.as_ref())?;
         (self.latents, self.step, self.soundness) = (latents, checkpoint.step, Soundness::default());
         Ok(())

@@ -109,18 +109,32 @@ pub fn load_to_area(path: impl AsRef<std::path::Path>, area: i64) -> Result<Tens
     resize(&picture, size_of_area(size(&picture)?, area, 8)?)
 }
 
-/// Pictures side by side, scaled to the height of the last, 8 white pixels between them.
+/// How many times as wide as high a picture may lie in a sheet of a last one of another size; a strip could make it of any width.
+const WIDEST: i64 = 4;
+
+/// Pictures side by side, 8 white pixels between them, scaled to the height of the last; strips of another size than it, wider than four
+/// times their height, to four times that height, with white below.
 ///
 /// # Errors
 /// No pictures; as [`resize`].
 pub fn sheet(pictures: &[&Tensor]) -> Result<Tensor> {
     let last = pictures.last().ok_or_else(|| Error::argument("pictures", "a sheet needs at least one"))?;
-    let (height, _) = size(last)?;
-    let gap = Tensor::f_ones([1, 3, height, 8], (Kind::Float, tch::Device::Cpu))?;
+    let last = size(last)?;
+    let (height, _) = last;
+    let white = |height: i64, width: i64| Tensor::f_ones([1, 3, height, width], (Kind::Float, tch::Device::Cpu));
+    let gap = white(height, 8)?;
     let mut row = vec![];
     for picture in pictures {
         let (h, w) = size(picture)?;
-        let scaled = resize(picture, (height, (w.saturating_mul(height) / h).max(1)))?.f_to_device(tch::Device::Cpu)?;
+        let (width, widest) = ((w.saturating_mul(height) / h).max(1), height.saturating_mul(WIDEST));
+        let scaled = if width > widest && (h, w) != last {
+            let strip = resize(picture, ((h.saturating_mul(widest) / w).max(1), widest))?.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?;
+            let ((batch, ..), below) = (strip.size4()?, height - size(&strip)?.0);
+            Tensor::f_cat(&[&strip, &white(below, widest)?.f_expand([batch, -1, -1, -1], false)?], 2)?
+        } else {
+            resize(picture, (height, width))?
+        };
+        let scaled = scaled.f_to_device(tch::Device::Cpu)?;
         for i in 0..scaled.size4()?.0 {
             if !row.is_empty() {
                 row.push(gap.shallow_clone());

@@ -7,7 +7,7 @@
 //! # A picture in another's style
 #![cfg_attr(feature = "stable-diffusion", doc = "```no_run")]
 #![cfg_attr(not(feature = "stable-diffusion"), doc = "```ignore")]
-//! use attention_distillation::{device, image, Distiller, References, Result, Settings, StableDiffusion};
+//! use attention_distillation::{device, image, Distiller, References, Result, StableDiffusion, Task};
 //!
 //! fn main() -> Result<()> {
 //!     // A folder in diffusers layout: unet/ vae/ text_encoder/ tokenizer/ scheduler/
@@ -19,7 +19,7 @@
 //!     let style = image::load_to_area("style.jpg", 512 * 512)?;
 //!
 //!     // The authors' settings, or what the model's folder says instead.
-//!     let settings = model.settings(Settings::style_transfer())?;
+//!     let settings = model.settings(Task::StyleTransfer);
 //!     let mut run = Distiller::style_transfer(
 //!         model.extractor(image::size(&content)?)?,
 //!         model.timesteps(settings.steps)?,

@@ -18,11 +18,21 @@ pub trait Loss {
     /// # Errors
     /// References that lack what the loss needs or do not fit the picture.
     fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor>;
+
+    /// Whether it looks at the content among such references. Where it does not, [`Distiller`](crate::Distiller) spares the content's passes.
+    /// It may say so without need, which is the default.
+    fn uses_content(&self, _references: &References) -> bool {
+        true
+    }
 }
 
 impl<L: Loss + ?Sized> Loss for Box<L> {
     fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
         (**self).evaluate(picture, references)
+    }
+
+    fn uses_content(&self, references: &References) -> bool {
+        (**self).uses_content(references)
     }
 }
 
@@ -136,6 +146,11 @@ impl Loss for AdLoss {
     fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
         sum(self.per_layer(picture, references)?.into_iter().map(Ok))
     }
+
+    /// For smoothing alone.
+    fn uses_content(&self, references: &References) -> bool {
+        references.smoothing > 0.0
+    }
 }
 
 /// The content loss: `sum over layers of mean |Q - sg(Qc)|`. Keeps the layout of the content.
@@ -187,6 +202,10 @@ impl Loss for TotalLoss {
             }
             loss.evaluate(picture, references)?.times(*weight)
         }))
+    }
+
+    fn uses_content(&self, references: &References) -> bool {
+        self.terms.iter().any(|(_, loss)| loss.uses_content(references))
     }
 }
 

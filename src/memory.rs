@@ -4,26 +4,14 @@ use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
 /// Refuses what needs more bytes than this machine has free, where the system tells. GPUs say so themselves.
-pub(crate) fn check(needed: i64, (height, width): (i64, i64)) -> Result<()> {
-    check_for(needed, &format!("{width}x{height}"), "choose a smaller one")
-}
-
-/// [`check`] of more than a picture.
-pub(crate) fn check_for(needed: i64, what: &str, advice: &str) -> Result<()> {
+pub(crate) fn check(needed: i64, what: impl Into<String>, advice: impl Into<String>) -> Result<()> {
     let short = || available().filter(|&free| needed > free);
     // What this program has freed and kept counts as taken.
     let still = short().and_then(|_| {
         give_back();
         short()
     });
-    match still {
-        Some(free) => {
-            let gib = |bytes: i64| bytes as f64 / f64::from(1 << 30);
-            let reason = format!("{what} needs more than {:.1} GiB of memory, of which {:.1} GiB are free; {advice}", gib(needed), gib(free));
-            Err(Error::argument("size", reason))
-        }
-        None => Ok(()),
-    }
+    still.map_or(Ok(()), |free| Err(Error::Memory { what: what.into(), needed, free, advice: advice.into() }))
 }
 
 /// Before another kind of work on the CPU. Of what tensors took and freed glibc keeps all but the largest pieces, and these, too, up to 120 MiB,

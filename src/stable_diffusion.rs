@@ -44,7 +44,9 @@ pub use vae::{AutoencoderKl, DecoderTuning, Tiles, Tiling, TuningConfig, TuningP
 
 use crate::denoiser::plain_gradient;
 use crate::scalar::WithNumber;
-use crate::{image, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Features, Guidance, Noise, Result, Scheduler, Settings};
+use crate::{
+    image, AttentionHook, Ddim, DdimConfig, Denoiser, Error, FeatureExtractor, Features, Guidance, Noise, Result, Scheduler, Settings, Task,
+};
 use settings::FolderSettings;
 use std::{ops::Range, path::Path};
 use tch::{Device, Kind, Tensor};
@@ -111,7 +113,7 @@ impl StableDiffusion {
             schedule.steps_offset = 1;
         }
         let text = Text::open(folder, &unet, device, kind)?;
-        let layers = settings.over(Settings::style_transfer())?.layers;
+        let layers = settings.of(Task::StyleTransfer, false).layers;
         let count = unet.self_attention_layers();
         if let Some(layers) = layers.filter(|layers| layers.end > count) {
             return Err(bad(format!("its attention_distillation.json names layers {}..{}, its U-Net has {count}", layers.start, layers.end)));
@@ -158,14 +160,17 @@ impl StableDiffusion {
         self.checkpointing = on;
     }
 
-    /// A task's settings, with those that the folder's `attention_distillation.json` has for this model, and the size
-    /// and layers that follow from its networks filled in.
+    /// The settings of a task for this model: the authors' (text-to-image's by whether it [is an SDXL](Self::is_xl)), those that the folder's
+    /// `attention_distillation.json` has in their place, and the size and layers that follow from its networks. Change what is to be otherwise:
     ///
-    /// # Errors
-    /// Settings that [`check`](Settings::check) refuses.
-    pub fn settings(&self, task: Settings) -> Result<Settings> {
-        task.check()?;
-        let mut settings = self.settings.over(task)?;
+    /// ```no_run
+    /// # fn f(model: &attention_distillation::StableDiffusion) {
+    /// let mut settings = model.settings(attention_distillation::Task::StyleTransfer);
+    /// (settings.steps, settings.iterations) = (50, 4);
+    /// # }
+    /// ```
+    pub fn settings(&self, task: Task) -> Settings {
+        let mut settings = self.settings.of(task, self.is_xl());
         if settings.layers.is_none() {
             settings.layers = Some(self.last_layers());
         }
@@ -174,7 +179,7 @@ impl StableDiffusion {
             let factor = self.vae.factor();
             settings.size = Some((height.saturating_mul(factor), width.saturating_mul(factor)));
         }
-        Ok(settings)
+        settings
     }
 
     /// The last six self-attention layers, counted on the network.
@@ -295,7 +300,7 @@ impl StableDiffusion {
     /// # Errors
     /// As [`prompts`](Self::prompts).
     pub fn extractor(&self, size: (i64, i64)) -> Result<FeatureExtractor<&Self>> {
-        let layers = self.settings(Settings::style_transfer())?.layers.unwrap_or_else(|| self.last_layers());
+        let layers = self.settings(Task::StyleTransfer).layers.unwrap_or_else(|| self.last_layers());
         Ok(FeatureExtractor::new(self, self.prompts(&[""], size)?, layers))
     }
 

@@ -9,7 +9,7 @@ mod model_copy;
 use attention_distillation::stable_diffusion::{scheduler_config, AutoencoderKl, ClipTextModel, ClipTokenizer, Condition, ControlNet, UNet};
 use attention_distillation::{
     Adam, AdamConfig, AttentionHook, AttentionKind, AttentionSite, Ddim, Denoiser, Distiller, Error, FeatureExtractor, PlainAttention, Qkv,
-    References, Result, Scheduler, Settings, StableDiffusion,
+    References, Result, Scheduler, Settings, StableDiffusion, Task,
 };
 use listening::told;
 use model_copy::{header_length, ModelCopy, Safetensors, TEXT, UNET, VAE};
@@ -1422,7 +1422,7 @@ fn settings_of_a_folder_beyond_its_network() {
 fn good_settings_of_a_folder() {
     let copy = ModelCopy::new();
     let plain = copy.open().unwrap();
-    let settings = plain.settings(Settings::style_transfer()).unwrap();
+    let settings = plain.settings(Task::StyleTransfer);
     // The last six of 16, and the training size, 8 latents of 8 pixels; all else is the task's.
     assert_eq!(plain.unet().self_attention_layers(), 16);
     assert_eq!(plain.last_layers(), 10..16);
@@ -1430,19 +1430,16 @@ fn good_settings_of_a_folder() {
     (expected.layers, expected.size) = (Some(10..16), Some((64, 64)));
     assert_eq!(settings, expected);
     assert_eq!(plain.extractor((64, 64)).unwrap().layers, 10..16);
-    let mut asked = Settings::texture_synthesis();
-    (asked.layers, asked.size, asked.steps) = (Some(2..3), Some((16, 24)), 7);
-    assert_eq!(plain.settings(asked.clone()).unwrap(), asked, "what was asked for stays");
-    let mut bad = Settings::text_to_image();
-    bad.guidance = f64::NAN;
-    assert!(matches!(plain.settings(bad.clone()), Err(Error::Argument { .. })));
+    for &task in Task::ALL {
+        let mut expected = task.settings();
+        (expected.layers, expected.size) = (Some(10..16), Some((64, 64)));
+        assert_eq!(plain.settings(task), expected, "the authors'");
+    }
 
     let own = json!({ "layers": [3, 9], "size": [48, 32], "steps": 20, "iterations": 3, "learning_rate": 0.1, "content_weight": 0.5, "adain": true });
     copy.write(OWN, serde_json::to_vec(&own).unwrap());
     let model = copy.open().unwrap();
-    // Which is not the file's fault.
-    assert!(matches!(model.settings(bad), Err(Error::Argument { .. })));
-    let settings = model.settings(Settings::style_transfer()).unwrap();
+    let settings = model.settings(Task::StyleTransfer);
     (expected.layers, expected.size, expected.steps, expected.iterations) = (Some(3..9), Some((32, 48)), 20, 3);
     (expected.learning_rate, expected.content_weight, expected.adain) = (0.1, 0.5, true);
     assert_eq!(settings, expected, "size is [width, height] in the file");
@@ -1466,7 +1463,7 @@ fn good_settings_of_a_folder() {
         let mut expected = Settings::style_transfer();
         (expected.layers, expected.size) = (Some(10..16), Some((64, 64)));
         change(&mut expected);
-        assert_eq!(copy.open().unwrap().settings(Settings::style_transfer()).unwrap(), expected, "{own}");
+        assert_eq!(copy.open().unwrap().settings(Task::StyleTransfer), expected, "{own}");
     }
 }
 
@@ -1479,25 +1476,23 @@ fn good_settings_of_a_folder_for_sampling() {
     });
     copy.write(OWN, serde_json::to_vec(&own).unwrap());
     let model = copy.open().unwrap();
-    for task in [Settings::text_to_image(), Settings::text_to_image_xl()] {
-        let mut expected = task.clone();
-        (expected.layers, expected.size, expected.steps, expected.iterations) = (Some(3..9), Some((64, 64)), 7, 0);
-        (expected.learning_rate, expected.content_weight, expected.guidance, expected.adain) = (0.02, 0.5, 3.0, false);
-        assert_eq!(model.settings(task).unwrap(), expected);
-    }
-    for task in [Settings::style_transfer(), Settings::texture_synthesis()] {
-        let mut expected = task.clone();
+    let mut expected = Settings::text_to_image();
+    (expected.layers, expected.size, expected.steps, expected.iterations) = (Some(3..9), Some((64, 64)), 7, 0);
+    (expected.learning_rate, expected.content_weight, expected.guidance, expected.adain) = (0.02, 0.5, 3.0, false);
+    assert_eq!(model.settings(Task::TextToImage), expected);
+    for task in [Task::StyleTransfer, Task::TextureSynthesis] {
+        let mut expected = task.settings();
         (expected.layers, expected.size, expected.steps, expected.learning_rate) = (Some(3..9), Some((64, 64)), 20, 0.1);
-        assert_eq!(model.settings(task).unwrap(), expected);
+        assert_eq!(model.settings(task), expected);
     }
 
     // Another task by sampling has settings of its own; an object comes before what stands outside.
     let mut expected = Settings::style_transfer_by_sampling();
     (expected.layers, expected.size) = (Some(3..9), Some((64, 64)));
-    assert_eq!(model.settings(Settings::style_transfer_by_sampling()).unwrap(), expected);
+    assert_eq!(model.settings(Task::StyleTransferBySampling), expected);
     copy.write(OWN, r#"{ "steps": 20, "iterations": 2, "style_transfer": { "steps": 30 } }"#);
     let model = copy.open().unwrap();
-    let found = [Settings::style_transfer(), Settings::texture_synthesis()].map(|task| model.settings(task).unwrap());
+    let found = [Task::StyleTransfer, Task::TextureSynthesis].map(|task| model.settings(task));
     assert_eq!(found.map(|settings| (settings.steps, settings.iterations)), [(30, 2), (20, 2)]);
 
     // One of the two leaves the other as it was; null and an empty object are none.
@@ -1509,11 +1504,11 @@ fn good_settings_of_a_folder_for_sampling() {
         json!({ "text_to_image": {} }),
     ] {
         copy.write(OWN, serde_json::to_vec(&own).unwrap());
-        assert_eq!(copy.open().unwrap().settings(Settings::text_to_image()).unwrap(), plain, "{own}");
+        assert_eq!(copy.open().unwrap().settings(Task::TextToImage), plain, "{own}");
     }
     copy.write(OWN, r#"{ "text_to_image": { "adain": null, "guidance": 0, "steps": null } }"#);
     plain.guidance = 0.0;
-    assert_eq!(copy.open().unwrap().settings(Settings::text_to_image()).unwrap(), plain);
+    assert_eq!(copy.open().unwrap().settings(Task::TextToImage), plain);
 }
 
 // ---- what is told through tracing
@@ -1559,7 +1554,7 @@ fn unknown_settings_only_warn() {
     copy.write(OWN, r#"{ "steps": 5, "stepps": 0, "layer": [9, 3] }"#);
     let (warnings, outcome) = told(tracing::Level::WARN, || copy.open());
     let model = outcome.unwrap();
-    assert_eq!(model.settings(Settings::style_transfer()).unwrap().steps, 5);
+    assert_eq!(model.settings(Task::StyleTransfer).steps, 5);
     for key in ["stepps", "layer"] {
         let quoted = format!("\"{key}\"");
         assert!(warnings.lines().any(|line| line.contains("WARN") && line.contains(OWN) && line.contains(&quoted)), "{key}: {warnings}");
@@ -1569,7 +1564,7 @@ fn unknown_settings_only_warn() {
     // What only sampling has is not known outside of it, nor in it what is said once for all tasks.
     copy.write(OWN, r#"{ "guidance": 3, "text_to_image": { "steps": 5, "stepps": 0, "layers": [3, 9] } }"#);
     let (warnings, outcome) = told(tracing::Level::WARN, || copy.open());
-    let settings = outcome.unwrap().settings(Settings::text_to_image()).unwrap();
+    let settings = outcome.unwrap().settings(Task::TextToImage);
     assert_eq!((settings.steps, settings.guidance, settings.layers), (5, 7.5, Some(10..16)));
     for key in ["guidance", "text_to_image.stepps", "text_to_image.layers"] {
         assert!(warnings.lines().any(|line| line.contains(OWN) && line.contains(&format!("\"{key}\""))), "{key}: {warnings}");
@@ -1956,7 +1951,7 @@ fn use_all(copy: &ModelCopy, file: &str) -> Result<()> {
         }
         _ => {
             let model = copy.open()?;
-            let settings = model.settings(Settings::style_transfer())?;
+            let settings = model.settings(Task::StyleTransfer);
             settings.check()
         }
     }

@@ -386,7 +386,9 @@ impl attention_distillation::Denoiser for Sent {
     }
 }
 
-impl attention_distillation::cuda_graphs::Capturable for Sent {
+// SAFETY: its tensors are its own, and nothing replaces them.
+#[allow(unsafe_code)]
+unsafe impl attention_distillation::cuda_graphs::Capturable for Sent {
     fn forward_at(
         &self,
         latents: &Tensor,

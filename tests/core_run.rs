@@ -5,7 +5,7 @@ mod toy;
 
 use attention_distillation::{
     adain, AdLoss, Adam, AdamConfig, BetaSchedule, Checkpoint, ContentLoss, Ddim, DdimConfig, Distiller, Error, FeatureCache, FeatureExtractor,
-    Features, GradientDescent, Optimizer, Progress, References, Result, Scheduler, Settings, Spacing, Style, TotalLoss,
+    Features, GradientDescent, Loss, Optimizer, Progress, References, Result, Scheduler, Settings, Spacing, Style, TotalLoss,
 };
 use tch::{Device, Kind, Tensor};
 use toy::{assert_same, assert_same_run, difference, extractor, latents, number, Toy, Trouble};
@@ -105,6 +105,48 @@ fn a_run_may_smooth_its_queries() {
     assert!(difference(&run(&settings), &moved) > 1e-3);
     settings.smoothing = 1.5;
     assert!(matches!(transfer(&toy, 3).with_settings(&settings), Err(Error::Argument { argument: "smoothing", .. })));
+}
+
+/// A loss of one's own that does not say whether it looks at the content.
+struct Silent;
+
+impl Loss for Silent {
+    fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
+        AdLoss::default().evaluate(picture, references)
+    }
+}
+
+#[test]
+fn no_pass_is_made_for_a_content_that_no_loss_looks_at() {
+    tch::set_num_threads(1);
+    let toy = Toy::new(Kind::Float);
+    let made = |mut run: Distiller<&Toy>| {
+        let before = toy.forwards.get();
+        let picture = run.finish().unwrap();
+        (picture, toy.forwards.get() - before)
+    };
+    let of_weight = |weight: f64| Distiller::style_transfer(extractor(&toy), times(3), references(), weight).unwrap();
+    let alone = Distiller::new(extractor(&toy), times(3), References::style(latents(9, 8, 8)), latents(8, 6, 8));
+    let ((picture, passes), (wanted, _)) = (made(of_weight(0.0)), made(alone));
+    assert_eq!(passes, 3 * 2);
+    assert_same(&picture, &wanted);
+    assert!(of_weight(0.0).targets().unwrap().content.is_none());
+    assert_eq!(made(of_weight(0.25)).1, 3 * 3);
+    let mut smooth = of_weight(0.0);
+    smooth.references.smoothing = 0.5;
+    let (smooth, passes) = made(smooth);
+    assert_eq!(passes, 3 * 3);
+    assert!(difference(&smooth, &picture) > 1e-3);
+    let mut start_moved = of_weight(0.0);
+    start_moved.adain = true;
+    assert_eq!(made(start_moved).1, 3 * 2);
+    for loss in [TotalLoss::default().plus(1.0, Silent), TotalLoss::default().plus(1.0, Box::new(Silent) as Box<dyn Loss + Send>)] {
+        let mut own = of_weight(0.0);
+        own.loss = loss;
+        let (own, passes) = made(own);
+        assert_eq!(passes, 3 * 3);
+        assert_same(&own, &picture);
+    }
 }
 
 /// Start and content are moved, from what they were given; the references stay, and a run that has begun goes on from where it is.
@@ -494,7 +536,7 @@ fn a_saved_run_goes_on_to_the_same_picture() {
         while run.advance().unwrap().is_some() {}
         checkpoint.save(&file).unwrap();
         let loaded = Checkpoint::load(&file).unwrap();
-        assert_eq!((loaded.step, loaded.steps), (stop, 20));
+        assert_eq!((loaded.step, loaded.timesteps.as_slice()), (stop, run.timesteps.as_slice()));
         // In a process of its own nothing is left of the network's counters, and nothing of another optimizer's past.
         let other = Toy::new(Kind::Double);
         let mut next = Distiller::style_transfer(extractor(&other), times(20), references(), 0.25).unwrap();
@@ -812,6 +854,9 @@ fn a_checkpoint_of_another_run_is_refused_and_the_run_unchanged() {
     };
     let own = || advanced(transfer(&toy, 4));
     let mut others = vec![("number of steps", advanced(transfer(&toy, 5)))];
+    let mut shifted = times(4);
+    shifted[2] += 1.0;
+    others.push(("a timestep", advanced(Distiller::style_transfer(extractor(&toy), shifted, references(), 0.25).unwrap())));
     let content = References::style(latents(9, 8, 8)).with_content(latents(8, 8, 6));
     others.push(("shape", advanced(Distiller::style_transfer(extractor(&toy), times(4), content, 0.25).unwrap())));
     for (word, spoil) in [
@@ -877,9 +922,11 @@ fn a_damaged_checkpoint_file_is_an_error() {
     for tensors in [
         vec![one("weight", z())],
         vec![one("latents", z()), one("step", Tensor::from(1i64))],
-        vec![one("latents", z()), one("step", Tensor::from_slice(&[-1i64])), one("steps", Tensor::from_slice(&[3i64]))],
-        vec![one("latents", z()), one("step", Tensor::from_slice(&[1i64, 2])), one("steps", Tensor::from_slice(&[3i64]))],
-        vec![one("latents", z()), one("step", Tensor::from_slice(&[0.5f32])), one("steps", Tensor::from_slice(&[3i64]))],
+        vec![one("latents", z()), one("step", Tensor::from_slice(&[-1i64])), one("timesteps", Tensor::from_slice(&[9.0f64, 5.0, 1.0]))],
+        vec![one("latents", z()), one("step", Tensor::from_slice(&[1i64, 2])), one("timesteps", Tensor::from_slice(&[9.0f64, 5.0, 1.0]))],
+        vec![one("latents", z()), one("step", Tensor::from_slice(&[0.5f32])), one("timesteps", Tensor::from_slice(&[9.0f64, 5.0, 1.0]))],
+        vec![one("latents", z()), one("step", Tensor::from_slice(&[1i64])), one("timesteps", Tensor::from_slice(&[9i64, 5, 1]))],
+        vec![one("latents", z()), one("step", Tensor::from_slice(&[1i64])), one("timesteps", Tensor::from_slice(&[9.0f64, 5.0]).view([1, 2]))],
     ] {
         Tensor::write_safetensors(&tensors, &other).unwrap();
         let error = Checkpoint::load(&other).unwrap_err();

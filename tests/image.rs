@@ -48,7 +48,7 @@ fn pixel(picture: &Tensor, y: i64, x: i64) -> [u8; 3] {
 #[track_caller]
 fn unreadable(path: &Path) -> String {
     let error = image::load(path).unwrap_err();
-    assert!(matches!(error, Error::Image { .. }), "{error:?}");
+    assert!(matches!(error, Error::Image { .. } | Error::Memory { .. }), "{error:?}");
     let message = error.to_string();
     assert!(message.contains(path.file_name().unwrap().to_str().unwrap()), "{message}");
     message
@@ -259,6 +259,17 @@ fn a_sheet_lays_pictures_side_by_side() {
     assert!(matches!(image::sheet(&[]), Err(Error::Argument { argument: "pictures", .. })));
     // A sliver does not vanish beside a low picture.
     assert_eq!(image::sheet(&[&soft(100, 1), &soft(2, 2)]).unwrap().size(), [1, 3, 2, 1 + 8 + 2]);
+    // A strip that would be 65536 wide lies above white; strips like the last are as they are.
+    let (strip, square) = (soft(16, 1024), soft(1024, 1024));
+    let sheet = image::sheet(&[&strip, &square]).unwrap();
+    assert_eq!(sheet.size(), [1, 3, 1024, 4096 + 8 + 1024]);
+    assert_eq!(difference(&sheet.narrow(2, 0, 64).narrow(3, 0, 4096), &image::resize(&strip, (64, 4096)).unwrap()), 0.0);
+    assert_eq!(sheet.narrow(2, 64, 960).narrow(3, 0, 4104).min().double_value(&[]), 1.0);
+    assert_eq!(difference(&sheet.narrow(3, 4104, 1024), &square), 0.0);
+    let (one, other) = (soft(16, 128), soft(16, 128).flip([3]));
+    let sheet = image::sheet(&[&Tensor::cat(&[&strip, &strip.flip([3])], 0), &one, &other]).unwrap();
+    assert_eq!(sheet.size(), [1, 3, 16, 2 * (64 + 8) + 128 + 8 + 128]);
+    assert_eq!(difference(&sheet.narrow(3, 2 * 72, 128), &one), 0.0);
 }
 
 #[test]

@@ -144,7 +144,9 @@ mod fit {
     fn refused(model: &StableDiffusion, (height, width): (i64, i64)) -> String {
         let started = Instant::now();
         let error = model.fit((height, width)).unwrap_err();
-        assert!(matches!(error, Error::Argument { argument: "size", .. }), "{error:?}");
+        let memory = matches!(error, Error::Memory { .. });
+        assert!(memory || matches!(error, Error::Argument { argument: "size", .. }), "{error:?}");
+        assert_eq!(error.is_out_of_memory(), memory, "{error:?}");
         let message = error.to_string();
         assert!(message.contains("size") && message.contains(&format!("{width}x{height}")), "{message}");
         assert_eq!(model.noise(1, (height, width), &mut Noise::seeded(0)).unwrap_err().to_string(), message);
@@ -232,7 +234,7 @@ mod fit {
     /// Sizes that a little more memory than the machine has would hold: to the bundled model's network a pixel is 3600 bytes.
     #[test]
     fn beyond_memory() {
-        let model = open("assets/mini");
+        let mut model = open("assets/mini");
         if let Some(gib) = memory_gib() {
             // 37 rows of 8192 pixels are more than 1 GiB, and five pictures of 512x512 more than 4.
             let rows = (gib * 37 + 3) / 4 * 4;
@@ -247,6 +249,16 @@ mod fit {
             let pictures = gib * 5 / 4 + 1;
             let many = model.noise(pictures, (512, 512), &mut Noise::seeded(0)).unwrap_err().to_string();
             assert!(many.contains(&format!("{pictures} pictures of 512x512 at once")) && many.contains("fewer"), "{many}");
+            // A fifth of it with checkpointing, which is what the message advises unless it is on.
+            assert!(many.contains("--low-memory"), "{many}");
+            let needed = |model: &StableDiffusion| match model.noise(1 << 30, (512, 512), &mut Noise::seeded(0)) {
+                Err(Error::Memory { needed, free, advice, .. }) => (needed, free, advice),
+                other => panic!("{other:?}"),
+            };
+            let (all, free, _) = needed(&model);
+            model.set_gradient_checkpointing(true);
+            let (fewer, _, advice) = needed(&model);
+            assert!(free < all && all == 5 * fewer && !advice.contains("--low-memory"), "{all} {fewer} {advice}");
         }
         // Small ones go through in any case.
         assert_eq!(model.fit((256, 256)).unwrap(), (256, 256));

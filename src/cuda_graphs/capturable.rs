@@ -11,7 +11,13 @@ use tch::Tensor;
 /// number back, and must find its weights and condition where they were. A network that breaks this fails while it is
 /// captured; one that turns a number of the CPU into kernels, as [`Denoiser::forward`] does with its timestep, would be
 /// repeated with the number that it was captured with.
-pub trait Capturable: Denoiser {
+///
+/// # Safety
+/// A graph reads addresses. The tensors that passes read (weights, what the network keeps between passes, what is in its conditions) must stay
+/// alive, in their places of memory, for as long as the network and the condition are there: no method, and no second handle that others have, may
+/// free or replace one, as `set_data` does. Writing into them is allowed.
+#[allow(unsafe_code)] // Only declared here.
+pub unsafe trait Capturable: Denoiser {
     /// [`Denoiser::forward`] with the timestep as a tensor, `(1)` in f32 on the device of the latents: the same prediction.
     ///
     /// # Errors
@@ -62,7 +68,9 @@ pub(crate) fn plain_gradient_at<D: Capturable + ?Sized>(
 
 macro_rules! by_pointer {
     ($($pointer:ty),*) => {$(
-        impl<D: Capturable + ?Sized> Capturable for $pointer {
+        // SAFETY: what it points at keeps its tensors where they are.
+        #[allow(unsafe_code)]
+        unsafe impl<D: Capturable + ?Sized> Capturable for $pointer {
             fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &D::Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
                 (**self).forward_at(latents, timestep, condition, hook)
             }

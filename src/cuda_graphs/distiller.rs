@@ -1,8 +1,9 @@
 //! The paper's optimisation by graphs.
 
 use super::capturable::Capturable;
-use super::statics::Statics;
+use super::statics::{overwrite_latents, Statics};
 use super::{CudaGraphs, Recorder};
+use crate::optimizer::copy;
 use crate::{Adam, Checkpoint, Distiller, Progress, References, Result};
 use tch::Tensor;
 
@@ -14,10 +15,10 @@ use tch::Tensor;
 /// are there that of a whole step, which nothing else can use meanwhile.
 ///
 /// A graph repeats what was captured, not what the run's fields say now. So these are read by [`run`](Self::run), and changed by
-/// [`change`](Self::change) alone, after which the next step is captured anew. What a network, a condition or a loss changes within itself goes unseen:
-/// all must keep, where they were, the tensors that they showed to the capture. One that frees or replaces such a tensor (`set_data` on a second handle
-/// does) makes the graph read memory that is no longer its. With AdaIN, what is written into styles or content later no longer reaches the content
-/// that the steps see.
+/// [`change`](Self::change) alone, after which the next step is captured anew. What a network, a condition or a loss changes within itself goes unseen.
+/// Networks and conditions keep their tensors where they are ([`Capturable`]'s promise), references are copied in each step; **a [`Loss`](crate::Loss)
+/// with tensors of its own must keep these in place, too**: one that frees or replaces such a tensor makes the graph read memory that is no
+/// longer its.
 pub struct GraphedDistiller<D: Capturable, R: Recorder = CudaGraphs> {
     // Dropped first: it works on the run's tensors.
     captured: Option<Captured<R::Graph>>,
@@ -116,7 +117,7 @@ struct Captured<G> {
     look: Option<G>,
     descend: G,
     statics: Statics,
-    /// Read by `look`; with AdaIN the content in it is nobody else's.
+    /// Read by `look`: copies, which nobody else has.
     targets: References,
 }
 
@@ -125,13 +126,12 @@ impl<G> Captured<G> {
     fn new<D: Capturable, R: Recorder<Graph = G>>(recorder: &mut R, run: &Distiller<D, Adam>, timestep: f64) -> Result<Self> {
         let device = run.latents.device();
         // Sound ones from the first: what is captured is done a few times before.
-        let targets = run.targets()?;
+        let targets = run.targets()?.try_map(copy)?;
         let mut statics = Statics::new(&run.latents, run.optimizer.config, &run.extractor.references(&targets, timestep)?)?;
         statics.load(&run.latents, &run.optimizer, timestep)?;
         let cached = run.references.counted().any(|style| style.cache.is_some());
         // SAFETY: what the work reads and writes are `statics` and `targets`, which are kept beside the graphs and dropped after them, and the run's
-        // network, condition and loss, and the references' tensors in `targets`, which GraphedDistiller drops after both and lets nobody change
-        // while they are there.
+        // network, condition and loss, which GraphedDistiller drops after both and lets nobody change while they are there.
         let look = if cached { None } else { Some(unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &targets)) }?) };
         // SAFETY: as above.
         let descend = unsafe { recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss)) }?;
@@ -146,10 +146,14 @@ impl<G> Captured<G> {
     {
         let Self { look, descend, statics, targets } = self;
         statics.load(&run.latents, &run.optimizer, timestep)?;
+        let now = run.targets()?;
         match look {
-            // SAFETY: as in `new`, and by the same recorder.
-            Some(look) => unsafe { recorder.replay(look, &mut || statics.look(&run.extractor, targets)) }?,
-            None => statics.take(&run.extractor.references(targets, timestep)?)?,
+            Some(look) => {
+                overwrite_latents(targets, &now)?;
+                // SAFETY: as in `new`, and by the same recorder.
+                unsafe { recorder.replay(look, &mut || statics.look(&run.extractor, targets)) }?;
+            }
+            None => statics.take(&run.extractor.references(&now, timestep)?)?,
         }
         for _ in 0..run.iterations {
             // SAFETY: as in `new`, and by the same recorder.

@@ -105,8 +105,8 @@ impl Look {
     /// # Errors
     /// Other shapes than those that it was made for.
     pub(super) fn load(&self, latents: &References, timestep: f64) -> Result<()> {
+        overwrite_latents(&self.latents, latents)?;
         let _guard = tch::no_grad_guard();
-        all_latents(&self.latents).zip(all_latents(latents)).try_for_each(|(to, from)| overwrite(to, from))?;
         set(&self.timestep, timestep)
     }
 
@@ -217,6 +217,15 @@ impl Statics {
 
 pub(super) fn all_latents(references: &References) -> impl Iterator<Item = &Tensor> {
     references.styles.iter().map(|style| &style.of).chain(&references.content)
+}
+
+/// All latents of as many references, in place.
+///
+/// # Errors
+/// Of other shapes.
+pub(super) fn overwrite_latents(to: &References, from: &References) -> Result<()> {
+    let _guard = tch::no_grad_guard();
+    all_latents(to).zip(all_latents(from)).try_for_each(|(to, from)| overwrite(to, from))
 }
 
 /// All features of references, in place.

@@ -14,7 +14,7 @@ const BYTES_PER_PIXEL: i64 = 36;
 ///
 /// # Errors
 /// [`Error::Io`] where it cannot be read, [`Error::Image`] where it is no picture, no file (a folder, a pipe), is damaged, or is larger than
-/// [`LONGEST_SIDE`](super::LONGEST_SIDE).
+/// [`LONGEST_SIDE`](super::LONGEST_SIDE), [`Error::Memory`] where it takes more memory than there is.
 pub fn load(path: impl AsRef<Path>) -> Result<Tensor> {
     let path = path.as_ref();
     let bad = |reason: String| Error::Image { path: path.to_owned(), reason };
@@ -32,8 +32,8 @@ pub fn load(path: impl AsRef<Path>) -> Result<Tensor> {
     let mut decoder = reader.into_decoder().map_err(|error| bad(unreadable(&error)))?;
     let (width, height) = decoder.dimensions();
     super::check_size((height.into(), width.into())).map_err(|error| bad(error.to_string()))?;
-    crate::memory::check(i64::from(width).saturating_mul(height.into()).saturating_mul(BYTES_PER_PIXEL), (height.into(), width.into()))
-        .map_err(|error| bad(error.to_string()))?;
+    let bytes = i64::from(width).saturating_mul(height.into()).saturating_mul(BYTES_PER_PIXEL);
+    crate::memory::check(bytes, format!("{}: a picture of {width}x{height}", path.display()), "choose a smaller one")?;
     // A picture without the tag, or with a damaged one, is upright.
     let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
     let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| bad(unreadable(&error)))?;

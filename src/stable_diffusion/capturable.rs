@@ -6,7 +6,9 @@ use crate::{AttentionHook, Error, Features, Guidance, PlainAttention, Result};
 use std::ops::Range;
 use tch::Tensor;
 
-impl Capturable for UNet {
+// SAFETY: weights and the tensors of conditions are private and handed to nobody; nothing replaces them while it can be borrowed.
+#[allow(unsafe_code)]
+unsafe impl Capturable for UNet {
     fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
         Self::forward_at(self, latents, timestep, condition, hook)
     }
@@ -18,7 +20,9 @@ impl Capturable for UNet {
 
 /// Without controls: these act at some timesteps and not at others. Features have no part in them, and noise predictions under them are
 /// made pass by pass.
-impl Capturable for StableDiffusion {
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Capturable for StableDiffusion {
     fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
         check(condition)?;
         self.unet.forward_with(latents, timestep, condition, None, hook)

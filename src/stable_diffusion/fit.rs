@@ -30,10 +30,11 @@ impl StableDiffusion {
         let factor = self.vae.factor();
         if self.device == Device::Cpu {
             let needed = self.activations(batch, (height / factor, width / factor));
-            match batch {
-                ..=1 => memory::check(needed, (height, width))?,
-                _ => memory::check_for(needed, &format!("{batch} pictures of {width}x{height} at once"), "make fewer at once, or smaller ones")?,
-            }
+            let (what, advice) = match batch {
+                ..=1 => (format!("a picture of {width}x{height}"), "choose a smaller size"),
+                _ => (format!("{batch} pictures of {width}x{height} at once"), "make fewer at once, or smaller ones"),
+            };
+            memory::check(needed, what, self.or_checkpointing(advice))?;
         }
         Ok((height, width))
     }
@@ -56,7 +57,13 @@ impl StableDiffusion {
         let picture = height.saturating_mul(width).saturating_mul(4 * CANVAS);
         let needed = [self.activations(views, window), self.bias(views, window, references), picture];
         let what = format!("an expansion to {width}x{height} in batches of {views} windows of {}x{} latents", window.1, window.0);
-        memory::check_for(needed.into_iter().fold(0, i64::saturating_add), &what, "choose smaller batches or windows")
+        memory::check(needed.into_iter().fold(0, i64::saturating_add), what, self.or_checkpointing("choose smaller batches or windows"))
+    }
+
+    /// What else would help.
+    fn or_checkpointing(&self, advice: &str) -> String {
+        let also = if self.checkpointing { "" } else { ", or keep less by gradient checkpointing (`--low-memory`)" };
+        format!("{advice}{also}")
     }
 
     /// Bytes that a descent holds, of so many pictures of `(height, width)` latents.

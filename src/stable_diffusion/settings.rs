@@ -11,63 +11,70 @@ const EACH: [&str; 6] = ["steps", "iterations", "learning_rate", "content_weight
 /// What only tasks by sampling have.
 const SAMPLING: [&str; 1] = ["guidance"];
 
-/// What a folder says; each may be absent.
-#[derive(Debug, Clone, Default)]
+/// Each task's settings in a model's folder.
+#[derive(Debug, Clone)]
 pub(crate) struct FolderSettings {
-    config: Option<Config>,
-    tasks: Vec<(Task, Config)>,
+    of_tasks: Vec<Settings>,
+    /// Text-to-image's, where the model is an SDXL.
+    of_xl: Settings,
 }
 
 impl FolderSettings {
-    /// Also checks all values, so that `over` cannot fail for them later.
+    /// The authors' where the folder has no file of its own.
     pub(crate) fn open(folder: &Path) -> Result<Self> {
         let path = folder.join("attention_distillation.json");
+        let mut all = Self { of_tasks: Task::ALL.iter().map(|task| task.settings()).collect(), of_xl: Settings::text_to_image_xl() };
         if !path.exists() {
-            return Ok(Self::default());
+            return Ok(all);
         }
         let config = Config::open(&path)?;
-        let mut tasks = vec![];
-        for &task in Task::ALL {
-            tasks.extend(config.object(task.name())?.map(|own| (task, own)));
+        warn_of_unknown(&config, &path)?;
+        for settings in all.of_tasks.iter_mut().chain([&mut all.of_xl]) {
+            over(&config, settings)?;
         }
-        let warn = |key: &str| tracing::warn!(file = %path.display(), key, "a setting that this version does not know");
-        let task = |key: &str| Task::ALL.iter().any(|task| task.name() == key);
-        config.keys().filter(|key| !COMMON.contains(key) && !EACH.contains(key) && !task(key)).for_each(warn);
-        for (task, own) in &tasks {
-            let sampling = task.procedure() == Procedure::Sampling;
-            let known = |key: &str| EACH.contains(&key) || sampling && SAMPLING.contains(&key);
-            own.keys().filter(|key| !known(key)).for_each(|key| warn(&format!("{}.{key}", task.name())));
-        }
-        let settings = Self { config: Some(config), tasks };
-        Task::ALL.iter().try_for_each(|task| settings.over(task.settings()).map(drop))?;
-        Ok(settings)
+        Ok(all)
     }
 
-    /// The given settings, with those of the folder in their place.
-    pub(crate) fn over(&self, mut settings: Settings) -> Result<Settings> {
-        let Some(config) = &self.config else { return Ok(settings) };
-        if let Some(layers) = config.get("layers") {
-            let ends =
-                layers.as_array().map(|list| list.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect::<Option<Vec<_>>>());
-            match ends.flatten().as_deref() {
-                Some(&[start, end]) if start < end => settings.layers = Some(start..end),
-                _ => return Err(config.bad(format!("`layers` is {layers}; it must be [first, end) as in [10, 16]"))),
-            }
+    pub(crate) fn of(&self, task: Task, xl: bool) -> Settings {
+        if task == Task::TextToImage && xl {
+            return self.of_xl.clone();
         }
-        if config.get("size").is_some() {
-            match config.counts("size")?.as_slice() {
-                &[width, height] => settings.size = Some((height, width)),
-                other => return Err(config.bad(format!("`size` is {other:?}; it must be [width, height] in pixels"))),
-            }
-        }
-        if settings.task.procedure() == Procedure::Optimisation {
-            over_by(config, &mut settings)?;
-        }
-        if let Some((_, own)) = self.tasks.iter().find(|(task, _)| *task == settings.task) {
-            over_by(own, &mut settings)?;
-        }
-        Ok(settings)
+        self.of_tasks.iter().find(|settings| settings.task == task).cloned().unwrap_or_else(|| task.settings())
     }
+}
+
+fn warn_of_unknown(config: &Config, path: &Path) -> Result<()> {
+    let warn = |key: &str| tracing::warn!(file = %path.display(), key, "a setting that this version does not know");
+    let task = |key: &str| Task::ALL.iter().any(|task| task.name() == key);
+    config.keys().filter(|key| !COMMON.contains(key) && !EACH.contains(key) && !task(key)).for_each(warn);
+    for task in Task::ALL {
+        let Some(own) = config.object(task.name())? else { continue };
+        let sampling = task.procedure() == Procedure::Sampling;
+        let known = |key: &str| EACH.contains(&key) || sampling && SAMPLING.contains(&key);
+        own.keys().filter(|key| !known(key)).for_each(|key| warn(&format!("{}.{key}", task.name())));
+    }
+    Ok(())
+}
+
+/// The folder's values in the place of a task's.
+fn over(config: &Config, settings: &mut Settings) -> Result<()> {
+    if let Some(layers) = config.get("layers") {
+        let ends = layers.as_array().map(|list| list.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect::<Option<Vec<_>>>());
+        match ends.flatten().as_deref() {
+            Some(&[start, end]) if start < end => settings.layers = Some(start..end),
+            _ => return Err(config.bad(format!("`layers` is {layers}; it must be [first, end) as in [10, 16]"))),
+        }
+    }
+    if config.get("size").is_some() {
+        match config.counts("size")?.as_slice() {
+            &[width, height] => settings.size = Some((height, width)),
+            other => return Err(config.bad(format!("`size` is {other:?}; it must be [width, height] in pixels"))),
+        }
+    }
+    if settings.task.procedure() == Procedure::Optimisation {
+        over_by(config, settings)?;
+    }
+    config.object(settings.task.name())?.map_or(Ok(()), |own| over_by(&own, settings))
 }
 
 /// What one object says.

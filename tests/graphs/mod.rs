@@ -75,7 +75,9 @@ impl Denoiser for Noting {
     }
 }
 
-impl Capturable for Noting {
+// SAFETY: its tensors are its own, and nothing replaces them.
+#[allow(unsafe_code)]
+unsafe impl Capturable for Noting {
     fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &f64, hook: &mut dyn AttentionHook) -> Result<Tensor> {
         assert_eq!((timestep.size(), timestep.kind()), (vec![1], Kind::Float));
         self.places.borrow_mut().push((latents.data_ptr() as usize, timestep.data_ptr() as usize));

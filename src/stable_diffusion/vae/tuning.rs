@@ -119,7 +119,7 @@ impl<V: BorrowMut<AutoencoderKl>> DecoderTuning<V> {
             let batch = picture.size().first().copied().unwrap_or(1);
             let places = height.saturating_mul(width).saturating_mul(batch).saturating_mul(channels);
             // In f32.
-            memory::check(places.saturating_mul(4 * ACTIVATIONS), (height, width))?;
+            memory::check(places.saturating_mul(4 * ACTIVATIONS), format!("tuning by {width}x{height}"), "choose a smaller picture")?;
         }
         let (picture, pixels, latents) = tch::no_grad(|| {
             // A copy: the caller may paint over the picture.
