@@ -13,9 +13,9 @@ use tch::Tensor;
 /// repeated with the number that it was captured with.
 ///
 /// # Safety
-/// A graph reads addresses. The tensors that passes read (weights, what the network keeps between passes, what is in its conditions) must stay
-/// alive, in their places of memory, for as long as the network and the condition are there: no method, and no second handle that others have, may
-/// free or replace one, as `set_data` does. Writing into them is allowed.
+/// A graph reads addresses. The tensors of the network that passes read (weights, what it keeps between passes) must stay alive, in their places of
+/// memory, for as long as the network is there and shared: nothing that a shared borrow allows may free or replace one, as `set_data` does. Writing into
+/// them is allowed. Conditions are the caller's, see [`GraphedDistiller`](super::GraphedDistiller).
 #[allow(unsafe_code)] // Only declared here.
 pub unsafe trait Capturable: Denoiser {
     /// [`Denoiser::forward`] with the timestep as a tensor, `(1)` in f32 on the device of the latents: the same prediction.

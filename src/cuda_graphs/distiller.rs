@@ -16,9 +16,9 @@ use tch::Tensor;
 ///
 /// A graph repeats what was captured, not what the run's fields say now. So these are read by [`run`](Self::run), and changed by
 /// [`change`](Self::change) alone, after which the next step is captured anew. What a network, a condition or a loss changes within itself goes unseen.
-/// Networks and conditions keep their tensors where they are ([`Capturable`]'s promise), references are copied in each step; **a [`Loss`](crate::Loss)
-/// with tensors of its own must keep these in place, too**: one that frees or replaces such a tensor makes the graph read memory that is no
-/// longer its.
+/// A network keeps its tensors where they are ([`Capturable`]'s promise), references are copied in each step. **A [`Loss`](crate::Loss) with tensors of
+/// its own must keep these in place, and whoever has a second handle on a tensor of a condition must leave it there**: where one is freed or replaced,
+/// as by `set_data`, the graph reads memory that is no longer its.
 pub struct GraphedDistiller<D: Capturable, R: Recorder = CudaGraphs> {
     // Dropped first: it works on the run's tensors.
     captured: Option<Captured<R::Graph>>,

@@ -6,7 +6,7 @@ use crate::{AttentionHook, Error, Features, Guidance, PlainAttention, Result};
 use std::ops::Range;
 use tch::Tensor;
 
-// SAFETY: weights and the tensors of conditions are private and handed to nobody; nothing replaces them while it can be borrowed.
+// SAFETY: nothing replaces weights but methods that borrow the network mutably.
 #[allow(unsafe_code)]
 unsafe impl Capturable for UNet {
     fn forward_at(&self, latents: &Tensor, timestep: &Tensor, condition: &Condition, hook: &mut dyn AttentionHook) -> Result<Tensor> {
