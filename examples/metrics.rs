@@ -19,7 +19,7 @@ struct Flags {
     /// The picture whose layout it should have; scaled to the result's size
     #[arg(long, value_name = "FILE")]
     content: Option<PathBuf>,
-    /// Scale each style to about the result's area, as style_transfer does to what its network can take; without it, pixels are compared as they are
+    /// Scale each style to about the result's area, nearly as style_transfer has scaled it; without it, pixels are compared as they are
     #[arg(long)]
     fit_styles: bool,
     /// The result's regions, painted in a PNG that lies over the whole of it: each colour is a label

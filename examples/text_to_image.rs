@@ -58,11 +58,11 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let control = flags.control.load(shared)?;
 
     let mut model = common::open(shared)?;
-    if styles.is_empty() {
+    let settings = flags.over(model.settings(Task::TextToImage))?;
+    if settings.iterations == 0 {
         // There are no descents, so nothing is kept for them, and the memory for that need not be there.
         model.set_gradient_checkpointing(true);
     }
-    let settings = flags.over(model.settings(Task::TextToImage))?;
     let size = common::output_size(&model, shared, &settings, content.as_ref())?;
     let ddim = model.ddim(settings.steps)?;
     let control = control.map(|loaded| flags.control.of(&mut model, loaded, size, ddim.timesteps())).transpose()?;

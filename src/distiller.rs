@@ -173,7 +173,7 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         Ok(targets)
     }
 
-    /// The next timestep; none after the last. Costs a forward pass per reference, and per iteration one forward and
+    /// The next timestep; none after the last. Costs a forward pass per [target](Self::targets), and per iteration one forward and
     /// one backward pass of the picture.
     ///
     /// # Errors
@@ -185,9 +185,9 @@ impl<D: Denoiser, O: Optimizer> Distiller<D, O> {
         self.advance_towards(&references)
     }
 
-    /// The next timestep, towards features of [`targets`](Self::targets) that the caller kept from an earlier run. Only without
-    /// [`adain`](Self::adain) are those of [`references`](Self::references) the same; nothing checks which were given. Their labels and
-    /// their smoothing count, not those of the run.
+    /// The next timestep, towards features of [`targets`](Self::targets) that the caller kept from an earlier run of the same references, loss, smoothing
+    /// and [`adain`](Self::adain), which say what is in them; nothing checks which were given. Their labels and their smoothing count, not
+    /// those of the run.
     ///
     /// # Errors
     /// As [`advance`](Self::advance).

@@ -126,7 +126,7 @@ pub enum Error {
         reason: String,
     },
 
-    /// On a CPU, which would end the program without a word: what was asked for takes more memory than there is. Nothing was begun.
+    /// What was asked for takes more memory than a CPU has left, where the system would end the program without a word. Nothing was begun.
     #[error("{what} needs more than {:.1} GiB of memory, of which {:.1} GiB are free; {advice}", gib(*.needed), gib(*.free))]
     Memory {
         /// What was asked for, and how large.

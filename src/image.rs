@@ -109,25 +109,25 @@ pub fn load_to_area(path: impl AsRef<std::path::Path>, area: i64) -> Result<Tens
     resize(&picture, size_of_area(size(&picture)?, area, 8)?)
 }
 
-/// How many times as wide as high a picture may lie in a sheet of a last one of another size; a strip could make it of any width.
+/// How many times as wide as the sheet's height a picture may lie in it; a strip could make it of any width.
 const WIDEST: i64 = 4;
 
-/// Pictures side by side, 8 white pixels between them, scaled to the height of the last; strips of another size than it, wider than four
-/// times their height, to four times that height, with white below.
+/// Pictures side by side, 8 white pixels between them, scaled to the height of the last; strips that would be wider than that, and wider than four
+/// times the height, to the larger of the two widths, with white below.
 ///
 /// # Errors
 /// No pictures; as [`resize`].
 pub fn sheet(pictures: &[&Tensor]) -> Result<Tensor> {
     let last = pictures.last().ok_or_else(|| Error::argument("pictures", "a sheet needs at least one"))?;
-    let last = size(last)?;
-    let (height, _) = last;
+    let (height, last) = size(last)?;
+    let widest = height.saturating_mul(WIDEST).max(last);
     let white = |height: i64, width: i64| Tensor::f_ones([1, 3, height, width], (Kind::Float, tch::Device::Cpu));
     let gap = white(height, 8)?;
     let mut row = vec![];
     for picture in pictures {
         let (h, w) = size(picture)?;
-        let (width, widest) = ((w.saturating_mul(height) / h).max(1), height.saturating_mul(WIDEST));
-        let scaled = if width > widest && (h, w) != last {
+        let width = (w.saturating_mul(height) / h).max(1);
+        let scaled = if width > widest {
             let strip = resize(picture, ((h.saturating_mul(widest) / w).max(1), widest))?.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?;
             let ((batch, ..), below) = (strip.size4()?, height - size(&strip)?.0);
             Tensor::f_cat(&[&strip, &white(below, widest)?.f_expand([batch, -1, -1, -1], false)?], 2)?

@@ -1511,6 +1511,24 @@ fn good_settings_of_a_folder_for_sampling() {
     assert_eq!(copy.open().unwrap().settings(Task::TextToImage), plain);
 }
 
+/// Its own preset, under the name that all text-to-image has in a folder.
+#[test]
+fn good_settings_of_an_sdxl_folder() {
+    let copy = ModelCopy::of("sdxl");
+    let plain = copy.open().unwrap();
+    let mut expected = Settings::text_to_image_xl();
+    let (layers, size) = (plain.last_layers(), plain.settings(Task::StyleTransfer).size);
+    (expected.layers, expected.size) = (Some(layers), size);
+    assert_eq!(plain.settings(Task::TextToImage), expected);
+    assert_ne!((expected.iterations, expected.guidance), (Settings::text_to_image().iterations, Settings::text_to_image().guidance));
+    copy.write(OWN, r#"{ "text_to_image": { "steps": 7 } }"#);
+    expected.steps = 7;
+    assert_eq!(copy.open().unwrap().settings(Task::TextToImage), expected);
+    copy.write(OWN, r#"{ "text_to_image": { "guidance": 3 } }"#);
+    (expected.steps, expected.guidance) = (50, 3.0);
+    assert_eq!(copy.open().unwrap().settings(Task::TextToImage), expected);
+}
+
 // ---- what is told through tracing
 
 #[test]

@@ -229,8 +229,9 @@ fn references_may_be_replaced_between_steps() {
             }
         });
         assert_agree(&graphs, &eager);
-        let untouched = transfer(&net, 6, references()).finish().unwrap();
-        assert!(relative(&graphs.latents, &untouched) > 0.01);
+        let mut untouched = transfer(&net, 6, references());
+        untouched.adain = adain;
+        assert!(relative(&graphs.latents, &untouched.finish().unwrap()) > 0.01);
     }
 }
 
@@ -380,8 +381,30 @@ fn styles_with_a_cache_are_not_captured() {
     for adain in [false, true] {
         assert_eq!(both(cached, |run| run.adain = adain), (1, 8));
         assert_eq!(cache.len(), 8);
+        // What is in it by now is not made again, for the features' shapes neither.
+        let net = Noting::new();
+        let mut run = transfer(&net, 8, cached());
+        run.adain = adain;
+        let (mut run, _) = graphed(run);
+        run.advance().unwrap();
+        assert_eq!(net.by_number.get(), 2, "of the content, for the shapes and for the step");
+        assert_eq!(cache.len(), 8);
         cache.clear();
     }
+}
+
+#[test]
+fn a_content_that_no_loss_looks_at_is_not_captured() {
+    let net = Noting::new();
+    let [mut eager, other] =
+        [(), ()].map(|()| Distiller::style_transfer(FeatureExtractor::new(&net, 1.0, 2..4), times(4), references(), 0.0).unwrap());
+    let _ = eager.finish().unwrap();
+    net.by_number.set(0);
+    let (mut run, recorder) = graphed(other);
+    let _ = run.finish().unwrap();
+    assert_eq!(net.by_number.get(), 1, "the style, for the features' shapes");
+    assert_eq!((recorder.captures.get(), recorder.replays.get()), (2, 4 + 4));
+    assert_agree(run.run(), &eager);
 }
 
 /// Opens nothing before it is asked to; then says what is missing, or works.

@@ -280,6 +280,9 @@ fn a_saved_run_goes_on_to_the_same_picture() {
     assert!(matches!(run.resume(&damaged), Err(Error::Argument { argument: "noise state", .. })));
     assert_eq!(run.step, 0, "the run is as it was");
     assert_same_run(&run.finish().unwrap(), &expected[3]);
+    let mut shifted = Checkpoint::load(&file).unwrap();
+    shifted.timesteps[1] += 1.0;
+    assert!(matches!(sampler(&toy, 4).resume(&shifted), Err(Error::Argument { argument: "checkpoint", .. })));
     let mut longer = sampler(&toy, 5);
     assert!(matches!(longer.resume(&Checkpoint::load(&file).unwrap()), Err(Error::Argument { argument: "checkpoint", .. })));
 }

@@ -48,7 +48,7 @@ fn pixel(picture: &Tensor, y: i64, x: i64) -> [u8; 3] {
 #[track_caller]
 fn unreadable(path: &Path) -> String {
     let error = image::load(path).unwrap_err();
-    assert!(matches!(error, Error::Image { .. } | Error::Memory { .. }), "{error:?}");
+    assert!(matches!(error, Error::Image { .. }), "{error:?}");
     let message = error.to_string();
     assert!(message.contains(path.file_name().unwrap().to_str().unwrap()), "{message}");
     message
@@ -268,8 +268,8 @@ fn a_sheet_lays_pictures_side_by_side() {
     assert_eq!(difference(&sheet.narrow(3, 4104, 1024), &square), 0.0);
     let (one, other) = (soft(16, 128), soft(16, 128).flip([3]));
     let sheet = image::sheet(&[&Tensor::cat(&[&strip, &strip.flip([3])], 0), &one, &other]).unwrap();
-    assert_eq!(sheet.size(), [1, 3, 16, 2 * (64 + 8) + 128 + 8 + 128]);
-    assert_eq!(difference(&sheet.narrow(3, 2 * 72, 128), &one), 0.0);
+    assert_eq!(sheet.size(), [1, 3, 16, 2 * (128 + 8) + 128 + 8 + 128]);
+    assert_eq!(difference(&sheet.narrow(3, 2 * 136, 128), &one), 0.0);
 }
 
 #[test]
@@ -449,7 +449,11 @@ fn a_header_that_claims_too_much_is_refused_at_once() {
     }
     // Sizes that are allowed, but the pixels are missing.
     for (width, height, depth, colour) in [(16_384, 16_384, 16, 6), (30_000, 8_000, 8, 2), (5, 5, 8, 2)] {
-        unreadable(&write(folder.path(), "hollow.png", &claiming(width, height, depth, colour)));
+        // Whatever is wrong with it, a large one may be more than the machine has left.
+        match image::load(write(folder.path(), "hollow.png", &claiming(width, height, depth, colour))).unwrap_err() {
+            Error::Memory { what, .. } => assert!(what.contains("hollow.png") && width > 5, "{what}"),
+            error => assert!(matches!(error, Error::Image { .. }) && error.to_string().contains("hollow.png"), "{error:?}"),
+        }
     }
     for (width, height) in [(0, 5), (5, 0)] {
         unreadable(&write(folder.path(), "nothing.png", &claiming(width, height, 8, 2)));

@@ -16,7 +16,7 @@ use tch::Tensor;
 ///
 /// A graph repeats what was captured, not what the run's fields say now. So these are read by [`run`](Self::run), and changed by
 /// [`change`](Self::change) alone, after which the next step is captured anew. What a network, a condition or a loss changes within itself goes unseen.
-/// A network keeps its tensors where they are ([`Capturable`]'s promise), references are copied in each step. **A [`Loss`](crate::Loss) with tensors of
+/// A network keeps its tensors where they are ([`Capturable`]'s promise), the latents of references are copied in each step. **A [`Loss`](crate::Loss) with tensors of
 /// its own must keep these in place, and whoever has a second handle on a tensor of a condition must leave it there**: where one is freed or replaced,
 /// as by `set_data`, the graph reads memory that is no longer its.
 pub struct GraphedDistiller<D: Capturable, R: Recorder = CudaGraphs> {
@@ -126,12 +126,14 @@ impl<G> Captured<G> {
     fn new<D: Capturable, R: Recorder<Graph = G>>(recorder: &mut R, run: &Distiller<D, Adam>, timestep: f64) -> Result<Self> {
         let device = run.latents.device();
         // Sound ones from the first: what is captured is done a few times before.
-        let targets = run.targets()?.try_map(copy)?;
-        let mut statics = Statics::new(&run.latents, run.optimizer.config, &run.extractor.references(&targets, timestep)?)?;
+        let now = run.targets()?;
+        let mut statics = Statics::new(&run.latents, run.optimizer.config, &run.extractor.references(&now, timestep)?)?;
+        let targets = now.try_map(copy)?;
         statics.load(&run.latents, &run.optimizer, timestep)?;
         let cached = run.references.counted().any(|style| style.cache.is_some());
         // SAFETY: what the work reads and writes are `statics` and `targets`, which are kept beside the graphs and dropped after them, and the run's
-        // network, condition and loss, which GraphedDistiller drops after both and lets nobody change while they are there.
+        // network, condition and loss, which GraphedDistiller drops after both and gives nobody to change while they are there. (Somebody who
+        // changes condition or loss through handles of his own breaks what GraphedDistiller asks for.)
         let look = if cached { None } else { Some(unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &targets)) }?) };
         // SAFETY: as above.
         let descend = unsafe { recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss)) }?;

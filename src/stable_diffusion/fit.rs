@@ -62,7 +62,11 @@ impl StableDiffusion {
 
     /// What else would help.
     fn or_checkpointing(&self, advice: &str) -> String {
-        let also = if self.checkpointing { "" } else { ", or keep less by gradient checkpointing (`--low-memory`)" };
+        let also = if self.checkpointing {
+            ""
+        } else {
+            ", or keep less by gradient checkpointing (`set_gradient_checkpointing`; in the examples --low-memory)"
+        };
         format!("{advice}{also}")
     }
 

@@ -106,7 +106,7 @@ impl<V: BorrowMut<AutoencoderKl>> DecoderTuning<V> {
     ///
     /// # Errors
     /// [`Error::Shape`] for a picture that does not fit; [`Error::Argument`] for settings out of range, and for an autoencoder
-    /// that is not in f32, in which steps of 1e-4 would be lost; on a CPU, for more than its memory can hold.
+    /// that is not in f32, in which steps of 1e-4 would be lost; [`Error::Memory`] for more than a CPU's memory can hold.
     pub fn new(vae: V, picture: &Tensor, config: TuningConfig) -> Result<Self> {
         config.check()?;
         let autoencoder: &AutoencoderKl = vae.borrow();
