@@ -15,7 +15,7 @@ struct Flags {
     /// The texture to expand; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     style: Vec<PathBuf>,
-    /// Side of the windows, in latents; default: the size that the network was trained for
+    /// Side of the windows, in latents (of 8 pixels each, of the bundled model 4); default: the size that the network was trained for
     #[arg(long, value_name = "N")]
     window: Option<i64>,
     /// From one window to the next, in latents: the smaller, the smoother and slower

@@ -86,8 +86,8 @@
 //! - Latents are `(batch, channels, height / factor, width / factor)` in f32, scaled as the network knows them.
 //! - Networks compute in f32, bf16 or f16; losses, gradients' scaling and Adam in f32.
 //! - Nothing panics, prints, downloads, or draws from a global generator on its own; every failure is an [`Error`].
-//! - Models are `Send` but not `Sync`. So is a run that owns its model; a run that borrows it must stay on the model's thread. So let one
-//!   worker thread per GPU own its model, make its runs and interleave them.
+//! - Models are `Send` but not `Sync`. So is a run that owns its model; a run that borrows one stays on the model's thread. Give each GPU one
+//!   worker thread, which owns the model, makes the runs and interleaves them.
 //! - A *descent* is one step of the optimizer: a pass of the network for the picture's features, the losses, a backward pass to the
 //!   latents. *References* are the styles and the content; the *ideal* output of a layer is that of the picture's queries over the
 //!   styles' keys and values, which [`AdLoss`] holds the picture's own output to.
@@ -96,10 +96,10 @@
 //! - `stable-diffusion` (default): networks from diffusers folders.
 //! - `fused-attention` (default): on x86-64 CPUs attention in f32 by kernels of this crate in C++, for AVX-512 or AVX2 as found at run
 //!   time; by AVX-512 on an AMD EPYC (Zen 5) some two and a half times as fast as libtorch's. For at least 128 queries and keys and
-//!   heads of at most 256 numbers: without a mask with or without gradients; with one (f32, four dimensions, a number for each key,
+//!   heads of at most 256 numbers: without a mask with or without gradients, in half precisions, too, unless the processor is Intel's; with one (f32, four dimensions, a number for each key,
 //!   as regions and weights of styles make it) only where no gradients are kept. All else is libtorch's, as is everything on other
 //!   processors, on Windows, and where the compiler is neither GCC nor Clang (`cargo build -vv` shows why they were not built).
-//! - `hub`: model folders from the Hugging Face hub.
+//! - `hub`: model folders from the Hugging Face hub (`stable_diffusion::hub::Hub`).
 //! - `cuda-graphs`: runs by CUDA graphs (module `cuda_graphs`).
 //! - `download-libtorch`: tch fetches libtorch while it builds, the CPU's unless `TORCH_CUDA_VERSION` is set (`cu130`).
 //! - `doc-only`: type checks and documentation without libtorch.
@@ -131,6 +131,8 @@ mod mask;
 mod memory;
 mod noise;
 mod optimizer;
+#[cfg(all(target_arch = "x86_64", any(feature = "stable-diffusion", fused_attention)))]
+mod processor;
 mod progress;
 mod reference;
 mod scalar;

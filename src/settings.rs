@@ -129,7 +129,7 @@ impl Settings {
         Self { steps: 50, iterations: 4, ..Self::style_transfer() }
     }
 
-    /// Style transfer in 60 Adam steps at 20 timesteps: a fifth of the work of [`style_transfer`](Self::style_transfer). The picture
+    /// Style transfer in 60 Adam steps at 20 timesteps: a quarter of the work of [`style_transfer`](Self::style_transfer). The picture
     /// stays nearer to the content; how much: PERFORMANCE.md. With [`adain`](Self::adain) it starts in the styles' colours, which so few steps
     /// may not reach, and sees the content in them.
     pub fn style_transfer_fast() -> Self {

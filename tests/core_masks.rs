@@ -5,8 +5,8 @@ mod listening;
 mod toy;
 
 use attention_distillation::{
-    adain, fill, image, AdLoss, AttentionHook, AttentionSite, Ddim, DdimConfig, Denoiser, Distiller, Error, FeatureExtractor, Features, Guidance,
-    GuidedSampler, LabelMap, LayerFeatures, Loss, Noise, Optimizer, Qkv, References, Result, Scheduler, Style, Windows,
+    adain, fill, image, AdLoss, AttentionHook, AttentionSite, ContentLoss, Ddim, DdimConfig, Denoiser, Distiller, Error, FeatureExtractor, Features,
+    Guidance, GuidedSampler, LabelMap, LayerFeatures, Loss, Noise, Optimizer, Qkv, References, Result, Scheduler, Style, Windows,
 };
 use listening::told;
 use tch::{Device, Kind, Tensor};
@@ -376,6 +376,7 @@ fn maps_of_a_style_for_each_picture_of_a_batch() {
                 let styles = if mapped_first { [mapped, plain] } else { [plain, mapped] };
                 let references = of(styles).with_labels(map(&stripes(&[1, 2, 3], 6, 9))).allow_missing_labels();
                 let mut run = Distiller::new(extractor(&toy), vec![1.0], references.with_content(latents(2, 6, 9)), pictures.shallow_clone());
+                run.loss = run.loss.plus(0.25, ContentLoss);
                 run.adain = true;
                 let (value, gradient) = loss(&toy, pictures, &run.references).unwrap();
                 (number(&value), gradient, run.references.adain(pictures).unwrap(), run.targets().unwrap().content.unwrap())
@@ -848,6 +849,7 @@ fn an_optimisation_with_adain_by_region() {
 
     // The content as the start is, for both pictures where there is one for both.
     let mut seen = Distiller::new(extractor(&toy), vec![801.0, 1.0], references().with_content(start()), start());
+    seen.loss = seen.loss.plus(0.25, ContentLoss);
     seen.adain = true;
     assert_same(&seen.targets().unwrap().content.unwrap(), &references().adain(&start()).unwrap());
     seen.references.content = Some(latents(1, 6, 8));

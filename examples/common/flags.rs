@@ -15,29 +15,29 @@ pub struct Shared {
     /// The picture to write, PNG or JPEG by extension
     #[arg(long, value_name = "FILE", default_value = "out.png")]
     pub output: PathBuf,
-    /// Output size in pixels; default: the content's (or the model's), rounded down to what the network can take
+    /// Output size in pixels; default: the content's (the target mask's, or the model's), rounded down to what the network can take
     #[arg(long, value_name = "WxH", value_parser = size)]
     pub size: Option<Size>,
-    /// Timesteps
+    /// Timesteps; default: what the model or the task says
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Adam steps per timestep
+    /// Adam steps per timestep; default: likewise
     #[arg(long, value_name = "N")]
     pub iterations: Option<usize>,
-    /// Adam's learning rate
+    /// Adam's learning rate; default: likewise
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub lr: Option<f64>,
-    /// How much of the content's layout stays, 0 (off) to 1
+    /// How much of the content's layout stays, 0 (off) to 1; default: likewise
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub content_weight: Option<f64>,
-    /// Give the latents the styles' mean and deviation: by sampling in each step, by optimisation to the start, once, and to the
+    /// Match the latents' mean and deviation to the styles': by sampling in each step, by optimisation once, those of start and
     /// content; default: what the model or the task says
     #[arg(long, overrides_with = "no_adain")]
     pub adain: bool,
     /// Leave the latents' statistics as they are
     #[arg(long, overrides_with = "adain")]
     pub no_adain: bool,
-    /// Against patches of a second colour: how far places that are alike in the content take from the same parts of the styles, 0 (off) to 1;
+    /// Against patches of a second colour: how strongly places that are alike in the content share one part of the styles, 0 (off) to 1;
     /// default: what the model or the task says
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub smoothing: Option<f64>,

@@ -63,20 +63,12 @@ impl Linear {
 #[cfg(target_arch = "x86_64")]
 fn mkl_lags() -> bool {
     static LAGS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *LAGS.get_or_init(|| is_x86_feature_detected!("avx512f") && !is_intel() && tch::utils::has_mkl() && tch::utils::has_mkldnn())
+    *LAGS.get_or_init(|| is_x86_feature_detected!("avx512f") && !crate::processor::is_intel() && tch::utils::has_mkl() && tch::utils::has_mkldnn())
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn mkl_lags() -> bool {
     false
-}
-
-#[cfg(target_arch = "x86_64")]
-#[allow(unsafe_code, unused_unsafe)]
-fn is_intel() -> bool {
-    // SAFETY: every x86-64 processor has the instruction, and the leaf that names its maker.
-    let leaf = unsafe { std::arch::x86_64::__cpuid(0) };
-    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
 }
 
 #[cfg(test)]
