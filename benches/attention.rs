@@ -4,22 +4,28 @@
 
 mod common;
 
-use attention_distillation::tch::{self, Tensor};
+use attention_distillation::tch::{self, Kind, Tensor};
 use attention_distillation::Qkv;
 use common::{device_and_kind, finished, memory};
 use criterion::{criterion_group, criterion_main, Criterion, Throughput};
 
-/// Tokens, heads, width of a head.
-const LAYERS: [(&str, [i64; 3]); 3] = [
-    ("bundled model, 256 px, full resolution", [4096, 1, 48]),
-    ("bundled model, 256 px, half resolution", [1024, 2, 40]),
-    ("SD 1.5, 512 px, last layers", [4096, 8, 40]),
+/// Tokens, heads, width of a head; the kind, if it is not the device's own.
+const LAYERS: [(&str, [i64; 3], Option<Kind>); 4] = [
+    ("bundled model, 256 px, full resolution", [4096, 1, 48], None),
+    ("bundled model, 256 px, half resolution", [1024, 2, 40], None),
+    ("SD 1.5, 512 px, last layers", [4096, 8, 40], None),
+    ("SD 1.5, 512 px, last layers, bf16", [4096, 8, 40], Some(Kind::BFloat16)),
 ];
 
 fn attention(c: &mut Criterion) {
-    let (device, kind) = device_and_kind();
+    let (device, own) = device_and_kind();
     tch::manual_seed(0);
-    for (name, [tokens, heads, width]) in LAYERS {
+    for (name, [tokens, heads, width], kind) in LAYERS {
+        // On a GPU the device's own is a half precision already.
+        if kind.is_some() && device.is_cuda() {
+            continue;
+        }
+        let kind = kind.unwrap_or(own);
         // As networks have them: the heads of a token side by side.
         let tensor = || Tensor::randn([1, tokens, heads, width], (kind, device)).transpose(1, 2);
         let [q, k, v] = [tensor(), tensor(), tensor()].map(|x| x.set_requires_grad(true));

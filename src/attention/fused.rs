@@ -17,6 +17,9 @@ use tch::{Device, Kind, Tensor};
 const FEWEST: i64 = 128;
 const WIDEST: i64 = 256;
 
+/// Computed in f32. On a Zen 5 libtorch's kernels take twice as long in bf16 as that, and backward in f16 ten times and more.
+const HALVES: [Kind; 2] = [Kind::BFloat16, Kind::Half];
+
 /// `None` where the kernels do not know the case, or this processor not the kernels.
 pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, scale: Option<f64>) -> Option<Result<Tensor>> {
     let kernel = Kernel::best()?;
@@ -31,27 +34,15 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>, 
     if !(fits && large && usual) {
         return None;
     }
-    if all(Kind::Float) {
-        let added = bias.is_none_or(|bias| plain(bias, Kind::Float) && bias::may_be_added(bias, [pictures, heads, queries, keys], &[q, k, v]));
-        return added.then(|| kernel.attend(q, k, v, bias, scale, threads()));
-    }
-    let half = [Kind::BFloat16, Kind::Half].into_iter().find(|&kind| all(kind));
-    half.filter(|_| bias.is_none() && !is_intel()).map(|kind| by_f32(kernel, [q, k, v], scale, kind))
+    let known = match bias {
+        Some(bias) => all(Kind::Float) && plain(bias, Kind::Float) && bias::may_be_added(bias, [pictures, heads, queries, keys], &[q, k, v]),
+        None => all(Kind::Float) || HALVES.into_iter().any(all) && !is_intel(),
+    };
+    known.then(|| kernel.attend(q, k, v, bias, scale, i64::from(tch::get_num_threads())))
 }
 
 fn plain(x: &Tensor, kind: Kind) -> bool {
     x.device() == Device::Cpu && x.f_kind().is_ok_and(|own| own == kind) && !x.is_sparse()
-}
-
-fn threads() -> i64 {
-    i64::from(tch::get_num_threads())
-}
-
-/// Half precisions, for which libtorch's kernels are slower than these are in f32: in bf16 by half, in f16, backward, twenty times. The result is
-/// the more accurate for it, and rounded once.
-fn by_f32(kernel: Kernel, qkv: [&Tensor; 3], scale: f64, kind: Kind) -> Result<Tensor> {
-    let [q, k, v] = qkv.map(|x| x.f_to_kind(Kind::Float));
-    Ok(kernel.attend(&q?, &k?, &v?, None, scale, threads())?.f_to_kind(kind)?)
 }
 
 #[cfg(test)]
@@ -92,43 +83,52 @@ mod tests {
         assert!(attend(&wide, &wide, &wide, None, None).is_none());
     }
 
-    /// Nearer to f64's than libtorch's, output and gradients, and of the kind that they were asked in.
+    /// Nearer to f64's than libtorch's are, output and gradients, and of the kind that they were asked in.
     #[test]
-    fn half_precisions_are_rounded_once() {
+    fn half_precisions_are_computed_in_f32() {
         let Some(kernel) = Kernel::best() else { return };
-        for (kind, unit) in [(Kind::BFloat16, 2f64.powi(-8)), (Kind::Half, 2f64.powi(-11))] {
+        for kind in HALVES {
             let qkv = layer((1, 2, 300, 411, 40), 2.0).map(|x| x.to_kind(kind));
-            let found = |qkv: &[Tensor; 3], attend: &dyn Fn([&Tensor; 3]) -> Tensor| {
-                let leaves = qkv.each_ref().map(|x| x.detach().set_requires_grad(true));
-                let output = attend([&leaves[0], &leaves[1], &leaves[2]]);
-                let weight = Tensor::linspace(-1, 1, output.numel() as i64, (Kind::Double, Device::Cpu)).view(output.size().as_slice());
-                let mut all = Tensor::run_backward(&[(&output * weight.to_kind(output.kind())).sum(Kind::Double)], &leaves, false, false);
+            let weight = Tensor::linspace(-1, 1, 2 * 300 * 40, (Kind::Double, Device::Cpu)).view([1, 2, 300, 40]).to_kind(kind);
+            let found = |of: Kind, attend: &dyn Fn(&Tensor, &Tensor, &Tensor) -> Tensor| {
+                let leaves = qkv.each_ref().map(|x| x.to_kind(of).detach().set_requires_grad(true));
+                let output = attend(&leaves[0], &leaves[1], &leaves[2]);
+                let mut all = Tensor::run_backward(&[(&output * weight.to_kind(of)).sum(Kind::Double)], &leaves, false, false);
                 all.push(output.detach());
                 all
             };
-            let ours = found(&qkv, &|x| by_f32(kernel, x, 0.2, kind).unwrap());
-            let exact = qkv.each_ref().map(|x| x.to_kind(Kind::Double));
-            let exact = found(&exact, &|[q, k, v]| (q.matmul(&k.transpose(-2, -1)) * 0.2).softmax(-1, Kind::Double).matmul(v));
-            for (i, (ours, exact)) in ours.iter().zip(&exact).enumerate() {
-                assert_eq!((ours.kind(), ours.size()), (kind, exact.size()));
+            let ours = found(kind, &|q, k, v| kernel.attend(q, k, v, None, 0.2, 1).unwrap());
+            let libtorchs = found(kind, &|q, k, v| Tensor::scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, false, Some(0.2), false));
+            let exact = found(Kind::Double, &|q, k, v| (q.matmul(&k.transpose(-2, -1)) * 0.2).softmax(-1, Kind::Double).matmul(v));
+            // The output is rounded as it leaves, and the gradients are made of it as it was rounded.
+            let unit = if kind == Kind::Half { 2f64.powi(-11) } else { 2f64.powi(-8) };
+            for (i, exact) in exact.iter().enumerate() {
+                assert_eq!((ours[i].kind(), ours[i].size()), (kind, exact.size()));
                 let off = |x: &Tensor| f64::try_from((x.to_kind(Kind::Double) - exact).norm() / exact.norm()).unwrap();
-                // The weights that the output's gradient is made of are rounded, too, and so is what comes of them.
-                assert!(off(ours) < unit, "{kind:?} {i}: {:e}", off(ours));
+                let (ours, libtorchs) = (off(&ours[i]), off(&libtorchs[i]));
+                let roundings = if i == 3 { 0.6 } else { 2.0 };
+                assert!(ours < roundings * unit && ours < 1.05 * libtorchs, "{kind:?} {i}: {ours:e}, libtorch {libtorchs:e}");
             }
         }
     }
 
     #[test]
     fn half_precisions_where_they_gain() {
-        if Kernel::best().is_none() {
-            return;
-        }
-        for kind in [Kind::BFloat16, Kind::Half] {
+        let Some(kernel) = Kernel::best() else { return };
+        for kind in HALVES {
             let [q, k, v] = layer((1, 2, 128, 130, 16), 1.0).map(|x| x.to_kind(kind));
-            assert_eq!(attend(&q, &k, &v, None, None).is_some(), !is_intel());
-            assert!(attend(&q, &k.to_kind(Kind::Float), &v, None, None).is_none(), "of one kind, or they are refused as ever");
+            let found = attend(&q, &k, &v, None, None).map(Result::unwrap);
+            assert_eq!(found.is_some(), !is_intel());
+            if let Some(found) = found {
+                assert!(found.kind() == kind && found.equal(&kernel.attend(&q, &k, &v, None, 0.25, 1).unwrap()));
+            }
+            // Of one kind, or they are refused as ever.
+            assert!(attend(&q, &k.to_kind(Kind::Float), &v, None, None).is_none());
+            assert!(attend(&q.to_kind(Kind::Float), &k, &v, None, None).is_none());
+            assert!(kernel.attend(&q, &k.to_kind(Kind::Float), &v, None, 0.25, 1).is_err());
             let bias = Tensor::zeros([1, 1, 128, 130], (kind, Device::Cpu));
             assert!(attend(&q, &k, &v, Some(&bias), None).is_none());
+            assert!(tch::no_grad(|| kernel.attend(&q, &k, &v, Some(&bias.to_kind(Kind::Float)), 0.25, 1)).is_err());
         }
     }
 

@@ -50,7 +50,7 @@ impl Kernel {
         static BEST: OnceLock<Option<Kernel>> = OnceLock::new();
         *BEST.get_or_init(|| {
             let best = Self::all().next();
-            tracing::debug!(kernel = ?best, "attention in f32 on this CPU, none: by libtorch");
+            tracing::debug!(kernel = ?best, "attention on this CPU, none: by libtorch");
             best
         })
     }

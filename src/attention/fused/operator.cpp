@@ -47,6 +47,9 @@ Tensor by_rows(const Tensor &x) {
   return resolved.stride(3) == 1 ? resolved : resolved.contiguous();
 }
 
+// What the kernels compute in: itself, or of a half precision a copy.
+Tensor in_f32(const Tensor &x) { return by_rows(x.to(at::kFloat)); }
+
 // Whole vectors wide: itself, or a copy with zeros behind.
 Tensor padded(const Tensor &x, int64_t width) { return x.size(3) == width ? x : at::constant_pad_nd(x, {0, width - x.size(3)}).contiguous(); }
 
@@ -226,7 +229,9 @@ struct Last : torch::autograd::Function<Last> {
 
 struct Attention : torch::autograd::Function<Attention> {
   static Tensor forward(AutogradContext *context, const Tensor &query, const Tensor &key, const Tensor &value, double scale, int64_t lanes, int64_t threads) {
-    auto [output, log_sums] = attend(kernel_of(lanes), query, key, value, {}, scale, threads);
+    auto [exact, log_sums] = attend(kernel_of(lanes), in_f32(query), in_f32(key), in_f32(value), {}, scale, threads);
+    // Half precisions are kept as such: copies would take twice the memory for as long as the graph is there.
+    const Tensor output = exact.to(query.scalar_type());
     context->save_for_backward({query, key, value, output, log_sums});
     context->saved_data["scale"] = scale;
     context->saved_data["lanes"] = lanes;
@@ -241,7 +246,12 @@ struct Attention : torch::autograd::Function<Attention> {
     variable_list found;
     {
       at::NoGradGuard no_graph;
-      found = gradients(kernel_of(data["lanes"].toInt()), saved, by_rows(of_outputs[0]), data["scale"].toDouble(), data["threads"].toInt(), wanted);
+      const at::ScalarType kind = saved[0].scalar_type();
+      const variable_list exact = {in_f32(saved[0]), in_f32(saved[1]), in_f32(saved[2]), in_f32(saved[3]), saved[4]};
+      found = gradients(kernel_of(data["lanes"].toInt()), exact, in_f32(of_outputs[0]), data["scale"].toDouble(), data["threads"].toInt(), wanted);
+      for (Tensor &gradient : found) {
+        if (gradient.defined()) gradient = gradient.to(kind);
+      }
     }
     for (Tensor &gradient : found) {
       if (gradient.defined() && at::GradMode::is_enabled()) gradient = Last::apply(gradient, saved[0], saved[1], saved[2], of_outputs[0]);
@@ -253,8 +263,10 @@ struct Attention : torch::autograd::Function<Attention> {
 
 // What kernels that know only addresses rely on.
 void check(const Tensor &query, const Tensor &key, const Tensor &value) {
+  const at::ScalarType kind = query.scalar_type();
+  const bool known = kind == at::kFloat || kind == at::kBFloat16 || kind == at::kHalf;
   for (const Tensor *x : {&query, &key, &value}) {
-    TORCH_CHECK(x->dim() == 4 && x->layout() == at::kStrided && x->device().is_cpu() && x->scalar_type() == at::kFloat, "attention: f32 of four dimensions on the CPU, not ", x->toString(), x->sizes());
+    TORCH_CHECK(known && x->dim() == 4 && x->layout() == at::kStrided && x->device().is_cpu() && x->scalar_type() == kind, "attention: all f32, all bf16 or all f16, of four dimensions on the CPU, not ", x->toString(), x->sizes());
     TORCH_CHECK(x->numel() > 0 && x->size(0) == query.size(0) && x->size(1) == query.size(1) && x->size(3) == query.size(3), "attention: queries of ", query.sizes(), " for keys or values of ", x->sizes());
   }
   TORCH_CHECK(key.size(2) == value.size(2), "attention: ", key.size(2), " keys for ", value.size(2), " values");
@@ -262,6 +274,7 @@ void check(const Tensor &query, const Tensor &key, const Tensor &value) {
 
 // With a bias there are no gradients: the method needs none.
 Tensor attend_with_bias(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &bias, double scale, int64_t lanes, int64_t threads) {
+  TORCH_CHECK(query.scalar_type() == at::kFloat, "attention: with a bias in f32, not ", query.toString());
   const int64_t of_scores[] = {query.size(0), query.size(1), query.size(2), key.size(2)};
   bool fits = bias.dim() == 4 && bias.layout() == at::kStrided && bias.device().is_cpu() && bias.scalar_type() == at::kFloat && bias.size(3) == of_scores[3];
   for (int64_t side = 0; fits && side < 3; side++) fits = bias.size(side) == of_scores[side] || bias.size(side) == 1;
@@ -284,7 +297,7 @@ char *message(const char *text) noexcept {
 
 extern "C" {
 
-// Tensors of f32 on the CPU, (pictures, heads, tokens, width), where only the tokens of the queries may differ from the others'; the
+// Tensors on the CPU, of f32 or, without a bias, a half precision, (pictures, heads, tokens, width), where only the tokens of the queries may differ from the others'; the
 // processor must have what vectors of so many lanes want. A bias on the scores or null: 1 or as many pictures, heads and queries as the
 // scores are of, all keys; without gradients. Null, or what went wrong, to be freed by the other function.
 char *attention_distillation_attend(const at::Tensor *query, const at::Tensor *key, const at::Tensor *value, const at::Tensor *bias, double scale,
