@@ -13,7 +13,7 @@ use std::{path::PathBuf, process::ExitCode};
 struct Flags {
     #[command(flatten)]
     prompts: common::PromptFlags,
-    /// How much more of the prompt than of the negative: 1 is none; default: what the model says, or 7.5, or 7 with SDXL
+    /// How much more of the prompt than of the negative: 1 is none; default: the model's own, else 7.5 (SDXL: 7)
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     guidance: Option<f64>,
     /// A picture whose style to take; may be given several times

@@ -94,10 +94,11 @@
 //!
 //! # Features
 //! - `stable-diffusion` (default): networks from diffusers folders.
-//! - `fused-attention` (default): on x86-64 CPUs attention in f32 by kernels of this crate in C++, for AVX-512 or AVX2 as found at run
+//! - `fused-attention` (default): on x86-64 CPUs attention by kernels of this crate in C++, in f32, for AVX-512 or AVX2 as found at run
 //!   time; by AVX-512 on an AMD EPYC (Zen 5) some two and a half times as fast as libtorch's. For at least 128 queries and keys and
-//!   heads of at most 256 numbers: without a mask with or without gradients, in half precisions, too, unless the processor is Intel's; with one (f32, four dimensions, a number for each key,
-//!   as regions and weights of styles make it) only where no gradients are kept. All else is libtorch's, as is everything on other
+//!   heads of at most 256 numbers: without a mask with or without gradients; with one (f32, four dimensions, a number for each key,
+//!   as regions and weights of styles make it) only where no gradients are kept. Half precisions, without a mask, are computed in f32 by
+//!   them, unless the processor is Intel's. All else is libtorch's, as is everything on other
 //!   processors, on Windows, and where the compiler is neither GCC nor Clang (`cargo build -vv` shows why they were not built).
 //! - `hub`: model folders from the Hugging Face hub (`stable_diffusion::hub::Hub`).
 //! - `cuda-graphs`: runs by CUDA graphs (module `cuda_graphs`).

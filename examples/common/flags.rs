@@ -21,17 +21,17 @@ pub struct Shared {
     /// Timesteps; default: what the model or the task says
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Adam steps per timestep; default: likewise
+    /// Adam steps per timestep; default: what the model or the task says
     #[arg(long, value_name = "N")]
     pub iterations: Option<usize>,
-    /// Adam's learning rate; default: likewise
+    /// Adam's learning rate; default: what the model or the task says
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub lr: Option<f64>,
-    /// How much of the content's layout stays, 0 (off) to 1; default: likewise
+    /// How much of the content's layout stays, 0 (off) to 1; default: what the model or the task says
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub content_weight: Option<f64>,
-    /// Match the latents' mean and deviation to the styles': by sampling in each step, by optimisation once, those of start and
-    /// content; default: what the model or the task says
+    /// Match the latents' mean and deviation to the styles': in each step by sampling; by optimisation once, for start and content;
+    /// default: what the model or the task says
     #[arg(long, overrides_with = "no_adain")]
     pub adain: bool,
     /// Leave the latents' statistics as they are
