@@ -374,7 +374,7 @@ fn gradients_of_half_precision_do_not_vanish() {
     };
     let (loss, exact) = gradient(Kind::Float);
     // Roundings of 5e-4 (f16) and 4e-3 (bf16) in each number; on top of that, the signs of the L1 norm flip where they
-    // exceed the difference. Measured: 0.011 and 0.11.
+    // exceed the difference. Measured: 0.014 and 0.11.
     for (kind, loss_bound, bound) in [(Kind::Half, 2e-3, 0.03), (Kind::BFloat16, 2e-2, 0.2)] {
         let (value, ours) = gradient(kind);
         close(value, loss, loss_bound);

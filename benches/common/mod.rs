@@ -11,7 +11,7 @@ use criterion::Criterion;
 use std::{path::Path, time::Duration};
 
 /// Few samples: calls take milliseconds to seconds, and `cargo bench` is to end within some nine minutes on two idle cores. By the
-/// number of calls and the time of one: attention 1 minute, losses 2, steps and textures 1.5, autoencoder 0.3, sampling 4.
+/// number of calls and the time of one: attention 1.3 minutes, losses 2, steps and textures 1.5, autoencoder 0.3, sampling 4.
 pub fn criterion() -> Criterion {
     // As the examples do before all else.
     attention_distillation::keep_freed_memory();

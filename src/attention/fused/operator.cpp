@@ -297,9 +297,9 @@ char *message(const char *text) noexcept {
 
 extern "C" {
 
-// Tensors on the CPU, of f32 or, without a bias, a half precision, (pictures, heads, tokens, width), where only the tokens of the queries may differ from the others'; the
-// processor must have what vectors of so many lanes want. A bias on the scores or null: 1 or as many pictures, heads and queries as the
-// scores are of, all keys; without gradients. Null, or what went wrong, to be freed by the other function.
+// Tensors on the CPU, of f32 or, without a bias, a half precision, (pictures, heads, tokens, width), where only the tokens of the queries
+// may differ from the others'; the processor must have what vectors of so many lanes want. A bias on the scores or null: 1 or as many
+// pictures, heads and queries as the scores are of, all keys; without gradients. Null, or what went wrong, to be freed by the other function.
 char *attention_distillation_attend(const at::Tensor *query, const at::Tensor *key, const at::Tensor *value, const at::Tensor *bias, double scale,
                                     int64_t lanes, int64_t threads, at::Tensor **output) noexcept {
   using namespace attention_distillation_fused;
