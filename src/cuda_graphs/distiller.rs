@@ -113,12 +113,10 @@ impl<D: Capturable, R: Recorder> GraphedDistiller<D, R> {
 }
 
 struct Captured<G> {
-    /// None where a style has a cache: what is in it then decides.
-    look: Option<G>,
+    /// With what it reads: copies, which nobody else has. None where a style has a cache: what is in it then decides.
+    look: Option<(G, References)>,
     descend: G,
     statics: Statics,
-    /// Read by `look`: copies, which nobody else has.
-    targets: References,
 }
 
 #[allow(unsafe_code)]
@@ -128,16 +126,16 @@ impl<G> Captured<G> {
         // Sound ones from the first: what is captured is done a few times before.
         let now = run.targets()?;
         let mut statics = Statics::new(&run.latents, run.optimizer.config, &run.extractor.references(&now, timestep)?)?;
-        let targets = now.try_map(copy)?;
         statics.load(&run.latents, &run.optimizer, timestep)?;
         let cached = run.references.counted().any(|style| style.cache.is_some());
-        // SAFETY: what the work reads and writes are `statics` and `targets`, which are kept beside the graphs and dropped after them, and the run's
+        // SAFETY: what the work reads and writes are `statics` and `copies`, which are kept beside the graphs and dropped after them, and the run's
         // network, condition and loss, which GraphedDistiller drops after both and gives nobody to change while they are there. (Somebody who
         // changes condition or loss through handles of his own breaks what GraphedDistiller asks for.)
-        let look = if cached { None } else { Some(unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &targets)) }?) };
+        let capture = |copies: References| Ok((unsafe { recorder.capture(device, &mut || statics.look(&run.extractor, &copies)) }?, copies));
+        let look = if cached { None } else { Some(now.try_map(copy).and_then(capture)?) };
         // SAFETY: as above.
         let descend = unsafe { recorder.capture(device, &mut || statics.descend(&run.extractor, &run.loss)) }?;
-        Ok(Self { look, descend, statics, targets })
+        Ok(Self { look, descend, statics })
     }
 
     /// The iterations of one timestep: latents and loss.
@@ -146,14 +144,14 @@ impl<G> Captured<G> {
         D: Capturable,
         R: Recorder<Graph = G>,
     {
-        let Self { look, descend, statics, targets } = self;
+        let Self { look, descend, statics } = self;
         statics.load(&run.latents, &run.optimizer, timestep)?;
         let now = run.targets()?;
         match look {
-            Some(look) => {
-                overwrite_latents(targets, &now)?;
+            Some((look, copies)) => {
+                overwrite_latents(copies, &now)?;
                 // SAFETY: as in `new`, and by the same recorder.
-                unsafe { recorder.replay(look, &mut || statics.look(&run.extractor, targets)) }?;
+                unsafe { recorder.replay(look, &mut || statics.look(&run.extractor, copies)) }?;
             }
             None => statics.take(&run.extractor.references(&now, timestep)?)?,
         }
