@@ -42,7 +42,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         return Err(Error::Argument { argument: "strength", reason });
     }
     let files = common::files(shared, 1);
-    common::check_outputs(shared, &files)?;
+    common::check_outputs(shared, &files, flags.style.iter().chain([&flags.layout]))?;
     let layout = image::load(&flags.layout)?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
 

@@ -52,6 +52,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     config.check()?;
     AutoencoderKl::check_writable(&flags.output)?;
     flags.sheet.as_ref().map_or(Ok(()), image::check_writable)?;
+    common::check_inputs_stay(flags.sheet.iter(), [&flags.image])?;
     flags.size.map_or(Ok(()), |common::Size(height, width)| image::check_size((height, width)))?;
     let device = flags.device.as_deref().map_or_else(|| Ok(device::best()), device::parse)?;
     let picture = image::load(&flags.image)?;

@@ -49,7 +49,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     shared.over(task.settings())?;
     flags.draft.check(flags.method == Method::Optimise)?;
     let files = common::files(shared, 1);
-    common::check_outputs(shared, &files)?;
+    common::check_outputs(shared, &files, flags.content.iter().chain(&flags.style))?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     shared.warn_without_content(content.is_some(), "give --content");

@@ -44,7 +44,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     flags.over(Settings::text_to_image())?;
     let prompts = flags.prompts.all()?;
     let files = common::files(shared, prompts.len());
-    common::check_outputs(shared, &files)?;
+    common::check_outputs(shared, &files, flags.style.iter().chain(&flags.content).chain(flags.control.file()))?;
     let content = flags.content.as_ref().map(image::load).transpose()?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     shared.warn_without_content(content.is_some(), "give --content");

@@ -50,7 +50,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     // A window that only the model knows is looked at below; here at what no window would do for.
     windows(flags.window.unwrap_or(flags.stride.max(Windows::default().size))).check()?;
     let files = common::files(shared, 1);
-    common::check_outputs(shared, &files)?;
+    common::check_outputs(shared, &files, flags.style.iter().chain(flags.regions.files()))?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     let regions = flags.regions.load(styles.len())?;
     shared.warn_without_content(false, "an expansion has no content, only regions");

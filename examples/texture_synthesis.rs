@@ -50,7 +50,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let shared = &flags.shared;
     shared.over(flags.task().settings())?;
     let files = common::files(shared, flags.count.into());
-    common::check_outputs(shared, &files)?;
+    common::check_outputs(shared, &files, flags.style.iter().chain(flags.regions.files()))?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     let regions = flags.regions.load(styles.len())?;
     let filled = regions.is_some() && !flags.no_fill;

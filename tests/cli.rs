@@ -504,7 +504,20 @@ fn outputs() {
     fs::create_dir(place.path("folder")).unwrap();
     // The sheet over the picture.
     place.refused(&[&QUICK[..], &["--output", "same.png", "--sheet", "./same.png"]].concat(), &["same.png", "--sheet"]);
+    // Either over a picture that is read: by its name, by another way there, by a link's name and by what that stands for.
+    let mut inputs = vec!["content.png", "style.png", "./style.png", "folder/../content.png"];
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("content.png", place.path("link.png")).unwrap();
+        inputs.push("link.png");
+    }
     for flag in ["--output", "--sheet"] {
+        for input in &inputs {
+            let content = if *input == "link.png" { input } else { "content.png" };
+            place.refused(&["--content", content, "--style", "style.png", flag, input], &[input, "is read by this run"]);
+        }
+        #[cfg(unix)]
+        place.refused(&["--content", "link.png", "--style", "style.png", flag, "content.png"], &["content.png", "is read by this run"]);
         for (bad, word) in [
             ("no/such/folder/out.png", "does not exist"),
             ("out.gif", "gif"),

@@ -407,6 +407,17 @@ fn bad_pictures_and_outputs() {
             place.refused(&[&FOX[..], flags].concat(), &[bad]);
         }
     }
+    for flags in [
+        &["--style", "style.png"][..],
+        &["--content", "content.png", "--style", "style.png"],
+        &["--control", "content.png", "--controlnet", net],
+        &["--control-from", "content.png", "--canny", "--controlnet", net],
+    ] {
+        place.refused(&[&FOX[..], flags, &["--output", flags[1]]].concat(), &[flags[1], "is read by this run"]);
+    }
+    // The second of several pictures.
+    place.picture("b-1.png", 32, 32, 5);
+    place.refused(&[&FOX[..], &["--style", "b-1.png", "--count", "2", "--output", "b.png"]].concat(), &["b-1.png", "is read by this run"]);
     // A name of the second picture that is taken, found before the run.
     fs::create_dir(place.path("a-1.png")).unwrap();
     place.refused(&[&FOX[..], &["--count", "2", "--output", "a.png"]].concat(), &["a-1.png", "folder"]);

@@ -96,6 +96,7 @@ fn each_refuses_bad_files_and_numbers() {
         }
         refuse(&["--output", "out.gif"], &["out.gif", ".png or .jpg"]);
         refuse(&["--sheet", "no/such/sheet.png"], &["sheet.png"]);
+        refuse(&["--output", "style.png"], &["style.png", "is read by this run"]);
         refuse(&["--lr", "NaN"], &["learning rate"]);
         place.refused_with(&place.path("no_model"), flags, &["no_model"]);
         place.misused(&flags[..4], &["--style"]);
@@ -103,6 +104,7 @@ fn each_refuses_bad_files_and_numbers() {
     }
     let place = Place::of("edit_texture");
     place.refused(&[&QUICK[..], &["--layout", "missing.png"]].concat(), &["missing.png"]);
+    place.refused(&[&QUICK[..], &["--layout", "other.png", "--output", "other.png"]].concat(), &["other.png", "is read by this run"]);
 }
 
 #[test]
@@ -277,6 +279,10 @@ fn masks_that_are_none() {
             for (style, target) in [(bad, "red_blue.png"), ("red_blue.png", bad)] {
                 place.refused(&[flags, &["--style-mask", style, "--target-mask", target]].concat(), words);
             }
+        }
+        let masks = ["--style-mask", "red_blue.png", "--target-mask", "blue_red.png"];
+        for (flag, mask) in [("--output", "red_blue.png"), ("--sheet", "blue_red.png")] {
+            place.refused(&[flags, &masks, &[flag, mask]].concat(), &[mask, "is read by this run"]);
         }
     }
 }

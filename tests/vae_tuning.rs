@@ -398,6 +398,7 @@ fn the_program_refuses() {
     ] {
         place.refused_with(&none, &[&["--image", "style.png"], &flags[..]].concat(), &[word]);
     }
+    place.refused(&["--image", "style.png", "--output", "tuned", "--sheet", "style.png"], &["style.png", "is read by this run"]);
     place.misused(&["--output", "tuned"], &["--image"]);
     place.misused(&["--image", "style.png"], &["--output"]);
 }

@@ -31,9 +31,14 @@ pub struct ControlFlags {
 }
 
 impl ControlFlags {
+    /// The picture that is read for it.
+    pub fn file(&self) -> Option<&PathBuf> {
+        self.picture.as_ref().or(self.from.as_ref())
+    }
+
     /// The control picture or the photo and the ControlNet, where they are named: before the model, which takes longer to open.
     pub fn load(&self, shared: &Shared) -> Result<Option<(Tensor, ControlNet)>> {
-        let (Some(picture), Some(folder)) = (self.picture.as_ref().or(self.from.as_ref()), &self.controlnet) else { return Ok(None) };
+        let (Some(picture), Some(folder)) = (self.file(), &self.controlnet) else { return Ok(None) };
         Control::check(self.strength, self.start, self.end)?;
         let picture = image::load(picture)?;
         let device = shared.device()?;

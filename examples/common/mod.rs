@@ -67,21 +67,33 @@ pub fn begin() {
         .init();
 }
 
-/// Before a long run: whether its outputs can be written at the end of it, none of them over another.
-pub fn check_outputs(shared: &Shared, files: &[PathBuf]) -> Result<()> {
-    files.iter().try_for_each(image::check_writable)?;
-    let Some(sheet) = &shared.sheet else { return Ok(()) };
-    image::check_writable(sheet)?;
-    // `check_writable` has seen that their folders exist.
-    let whole = |path: &PathBuf| {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        (folder.canonicalize().ok(), path.file_name().map(std::ffi::OsStr::to_owned))
-    };
-    if files.iter().any(|file| whole(file) == whole(sheet)) {
+/// Before a long run: whether its outputs can be written at the end of it, none of them over another, nor over a picture that is read.
+pub fn check_outputs<'p>(shared: &Shared, files: &[PathBuf], inputs: impl IntoIterator<Item = &'p PathBuf>) -> Result<()> {
+    files.iter().chain(&shared.sheet).try_for_each(image::check_writable)?;
+    if let Some(sheet) = shared.sheet.as_ref().filter(|sheet| files.iter().any(|file| place(file) == place(sheet))) {
         let reason = "is where the result itself goes; give --sheet a name of its own".into();
         return Err(Error::Image { path: sheet.clone(), reason });
     }
+    check_inputs_stay(files.iter().chain(&shared.sheet), inputs)
+}
+
+/// Whether no output would take the place of a picture that is read.
+pub fn check_inputs_stay<'o, 'i>(outputs: impl Iterator<Item = &'o PathBuf> + Clone, inputs: impl IntoIterator<Item = &'i PathBuf>) -> Result<()> {
+    for input in inputs {
+        // By its own name, or a link's: what is written takes the place of a link and leaves what that stands for.
+        let same = |output: &&PathBuf| place(output) == place(input) || input.canonicalize().is_ok_and(|file| place(output) == place(&file));
+        if let Some(output) = outputs.clone().find(same) {
+            let reason = "is read by this run, and what it writes would take its place; give --output or --sheet another name".into();
+            return Err(Error::Image { path: output.clone(), reason });
+        }
+    }
     Ok(())
+}
+
+/// A file's name in a folder that exists, by whatever path.
+fn place(path: &Path) -> (Option<PathBuf>, Option<std::ffi::OsString>) {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    (folder.canonicalize().ok(), path.file_name().map(std::ffi::OsStr::to_owned))
 }
 
 /// The files of so many pictures: the output itself, or NAME-0.png, NAME-1.png and so on.

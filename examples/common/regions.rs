@@ -26,6 +26,11 @@ pub struct Regions {
 }
 
 impl RegionFlags {
+    /// The pictures that are read for it.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.style_mask.iter().chain(&self.target_mask)
+    }
+
     /// The maps, for so many styles.
     pub fn load(&self, styles: usize) -> Result<Option<Regions>> {
         let Some(target) = &self.target_mask else { return Ok(None) };
