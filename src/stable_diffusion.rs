@@ -70,7 +70,8 @@ pub struct StableDiffusion {
     settings: FolderSettings,
     device: Device,
     kind: Kind,
-    controlnets: Vec<ControlNet>,
+    /// By their numbers; one that was taken out leaves its place empty.
+    controlnets: Vec<Option<ControlNet>>,
     checkpointing: bool,
     tiling: Tiling,
     seamless: Seamless,
@@ -216,7 +217,7 @@ impl StableDiffusion {
         self.seamless = seamless;
         self.unet.set_seamless(seamless);
         self.vae.set_seamless(seamless);
-        self.controlnets.iter_mut().for_each(|net| net.set_seamless(seamless));
+        self.controlnets.iter_mut().flatten().for_each(|net| net.set_seamless(seamless));
     }
 
     /// [`set_seamless`](Self::set_seamless), in one go with [`open`](Self::open).
@@ -368,7 +369,7 @@ impl Denoiser for StableDiffusion {
 
     /// The autoencoder, which sees whole pictures, keeps its own.
     fn with_borders(&self, meet: Seamless, passes: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let _restored = (self.unet.within_parts(meet), self.controlnets.iter().map(|net| net.within_parts(meet)).collect::<Vec<_>>());
+        let _restored = (self.unet.within_parts(meet), self.controlnets.iter().flatten().map(|net| net.within_parts(meet)).collect::<Vec<_>>());
         passes()
     }
 

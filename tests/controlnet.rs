@@ -208,6 +208,34 @@ fn the_hook_sees_the_unet_only() {
     assert_eq!(sites(&text(2, 1, 5).with_control(control(&model, 3))), without);
 }
 
+/// What is left keeps its number; what went is refused, also after another was added, and goes on in the model that it is given to.
+#[test]
+fn removed() {
+    let mut model = model();
+    let (none, text) = (predict(&model, &text(2, 1, 5)), text(2, 1, 5));
+    assert_eq!(model.add_controlnet(open(fixture("controlnet_sd15")).unwrap()).unwrap(), 1);
+    let first = text.shallow_clone().with_control(control(&model, 3));
+    let second = || text.shallow_clone().with_control(model.control(1, &picture(3, SIZE), SIZE).unwrap());
+    let (second, with) = (second(), predict(&model, &first));
+    assert!(predict(&model, &second).equal(&with) && !with.equal(&none));
+
+    let net = model.remove_controlnet(0).unwrap();
+    assert!(predict(&model, &second).equal(&with));
+    assert!(predict(&model, &text).equal(&none));
+    let gone = |model: &StableDiffusion| {
+        refused(model.forward(&noise(2), TIMESTEP, &first, &mut PlainAttention), &["ControlNet 0", "add_controlnet"]);
+        refused(model.control(0, &picture(3, SIZE), SIZE), &["ControlNet 0"]);
+    };
+    gone(&model);
+    for number in [0, 2] {
+        refused(model.remove_controlnet(number), &["ControlNet", "add_controlnet"]);
+    }
+    assert_eq!(model.add_controlnet(net).unwrap(), 2);
+    gone(&model);
+    let third = text.shallow_clone().with_control(model.control(2, &picture(3, SIZE), SIZE).unwrap());
+    assert!(predict(&model, &third).equal(&with));
+}
+
 // ---- guidance
 
 /// With the trait's own guidance, in two passes.

@@ -121,6 +121,12 @@ pub(crate) fn check_strength(strength: f64) -> Result<()> {
     }
 }
 
+fn unknown(net: usize, nets: &[Option<ControlNet>]) -> Error {
+    let count = nets.iter().flatten().count();
+    let reason = format!("is by ControlNet {net}, which is not in the model: it has {count}, by the numbers that `add_controlnet` returned");
+    Error::argument("control", reason)
+}
+
 impl Guidance<Condition> {
     /// With one control picture more, for the prompt and the negative, as diffusers' pipelines have it: both are then one
     /// batch. That of a ControlNet that pools what it sees (shuffle) steers the prompt alone.
@@ -143,8 +149,18 @@ impl StableDiffusion {
     pub fn add_controlnet(&mut self, mut net: ControlNet) -> Result<usize> {
         net.check_fits(&self.unet, self.vae.factor())?;
         net.set_seamless(self.seamless);
-        self.controlnets.push(net);
+        self.controlnets.push(Some(net));
         Ok(self.controlnets.len() - 1)
+    }
+
+    /// Takes the ControlNet of this number out again, to free its memory or to add it to another model. The others keep their numbers, and
+    /// its own is not used again: what was made by [`control`](Self::control) with it is refused from here on.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a number that is not known.
+    pub fn remove_controlnet(&mut self, net: usize) -> Result<ControlNet> {
+        let found = self.controlnets.get_mut(net).and_then(Option::take);
+        found.ok_or_else(|| unknown(net, &self.controlnets))
     }
 
     /// What steers pictures of `(height, width)` pixels by a control picture `(1 or batch, 3, height, width)` with values 0
@@ -170,10 +186,7 @@ impl StableDiffusion {
     }
 
     fn controlnet(&self, net: usize) -> Result<&ControlNet> {
-        let count = self.controlnets.len();
-        self.controlnets
-            .get(net)
-            .ok_or_else(|| Error::argument("control", format!("is by ControlNet {net}, and the model has {count}, counted from 0")))
+        self.controlnets.get(net).and_then(Option::as_ref).ok_or_else(|| unknown(net, &self.controlnets))
     }
 
     /// What the condition's controls add at this timestep, which is there as a number and as a tensor.
