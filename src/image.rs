@@ -6,6 +6,7 @@ mod array;
 #[cfg(feature = "stable-diffusion")]
 mod edges;
 mod file;
+mod jpeg;
 
 pub use array::{from_array, from_rgb8, to_array, to_rgb8};
 #[cfg(feature = "stable-diffusion")]

@@ -415,6 +415,52 @@ fn damaged_files_are_errors_that_name_them() {
     }
 }
 
+/// Wherever the file stops; what lies behind its end, as some cameras' second picture, does no harm.
+#[test]
+fn cut_short() {
+    let folder = folder();
+    let pixels = RgbImage::from_fn(150, 90, |x, y| Rgb([(x * y % 251) as u8, (x * 7 % 256) as u8, (y * 13 % 256) as u8]));
+    // A thumbnail has an end marker of its own, and tables may hold the two bytes.
+    let mut exif = b"Exif\0\0".to_vec();
+    exif.extend([0xff, 0xd8, 0xff, 0xda, 0xff, 0xd9]);
+    let with_thumbnail = |jpeg: &[u8]| {
+        let length = (exif.len() as u16 + 2).to_be_bytes();
+        [&jpeg[..2], &[0xff, 0xe1], &length, &exif, &jpeg[2..]].concat()
+    };
+    for format in [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Bmp, ImageFormat::Tiff, ImageFormat::Gif] {
+        let mut whole = std::io::Cursor::new(vec![]);
+        DynamicImage::from(pixels.clone()).write_to(&mut whole, format).unwrap();
+        let whole = whole.into_inner();
+        let mut files = vec![whole.clone()];
+        if format == ImageFormat::Jpeg {
+            files.push(with_thumbnail(&whole));
+        }
+        for whole in files {
+            for tenths in [4, 5, 7, 9] {
+                unreadable(&write(folder.path(), "cut", &whole[..whole.len() * tenths / 10]));
+            }
+            let path = write(folder.path(), "whole", &whole);
+            let picture = image::load(&path).unwrap();
+            if format == ImageFormat::Jpeg {
+                let behind = write(folder.path(), "behind", &[&whole[..], b"more", &whole].concat());
+                assert_eq!(difference(&picture, &image::load(&behind).unwrap()), 0.0);
+                unreadable(&write(folder.path(), "cut", &whole[..whole.len() - 1]));
+            }
+        }
+    }
+}
+
+/// A progressive picture of several scans, whichever of them is the last to be there.
+#[test]
+fn cut_short_progressive() {
+    let folder = folder();
+    let whole = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/expected/progressive.jpg")).unwrap();
+    drop(image::load(write(folder.path(), "whole.jpg", &whole)).unwrap());
+    for length in (whole.len() / 3..whole.len()).step_by(7) {
+        unreadable(&write(folder.path(), "cut.jpg", &whole[..length]));
+    }
+}
+
 /// A PNG's beginning that claims a size, with a few bytes of pixels behind it.
 fn claiming(width: u32, height: u32, depth: u8, colour: u8) -> Vec<u8> {
     fn chunk(png: &mut Vec<u8>, kind: &[u8; 4], data: &[u8]) {

@@ -1,9 +1,13 @@
 //! Picture files.
 
+use super::jpeg::is_whole;
 use crate::tensor_file::{check_beside, write_whole};
 use crate::{Error, Result};
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Rgb, RgbImage, RgbaImage};
-use std::{io::Cursor, path::Path};
+use std::{
+    io::{BufReader, Cursor},
+    path::Path,
+};
 use tch::Tensor;
 
 /// While a picture becomes a tensor it is there as bytes and as f32, some of them twice.
@@ -28,6 +32,9 @@ pub fn load(path: impl AsRef<Path>) -> Result<Tensor> {
     let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format).map_err(Error::io(path))?;
     if reader.format().is_none() {
         return Err(bad("is not a picture of a known format; use PNG or JPEG".into()));
+    }
+    if reader.format() == Some(ImageFormat::Jpeg) && !std::fs::File::open(path).map(BufReader::new).and_then(is_whole).map_err(Error::io(path))? {
+        return Err(bad("is cut short: the end of the JPEG is missing; fetch or make it again".into()));
     }
     let mut decoder = reader.into_decoder().map_err(|error| bad(unreadable(&error)))?;
     let (width, height) = decoder.dimensions();
