@@ -99,6 +99,34 @@ fn attention_has_the_right_gradients_in_any_layout() {
     }
 }
 
+/// libtorch's kernel counts the numbers of a mask modulo 2^32, and gives the rows behind those the mask's first ones.
+#[test]
+fn masks_of_more_scores_than_libtorch_counts() {
+    let Some(device) = gpu("masks_of_more_scores_than_libtorch_counts") else { return };
+    let (queries, keys) = (66_000, 65_600);
+    let attend = || -> Result<[f64; 2], Error> {
+        let none = |tokens: i64| Tensor::f_zeros([1, 1, tokens, 8], (Kind::BFloat16, device));
+        let value = Tensor::f_cat(&[none(keys / 2)?, none(keys / 2)?.f_ones_like()?], 2)?;
+        // The upper half of the queries sees the second half of the keys, whose values are 1; the lower one the first.
+        let mask = Tensor::f_zeros([1, 1, queries, keys], (Kind::BFloat16, device))?;
+        for (row, column) in [(0, 0), (queries / 2, keys / 2)] {
+            let _ = mask.f_narrow(2, row, queries / 2)?.f_narrow(3, column, keys / 2)?.f_fill_(-1e4)?;
+        }
+        let mut qkv = Qkv::new(none(queries)?, none(keys)?, value);
+        qkv.mask = Some(mask);
+        let output = qkv.attend()?.f_to_kind(Kind::Float)?;
+        let half = |start: i64| output.f_narrow(2, start, queries / 2);
+        Ok([half(0)?.f_min()?.f_double_value(&[])?, half(queries / 2)?.f_max()?.f_double_value(&[])?])
+    };
+    match attend() {
+        Ok([upper, lower]) => assert!(upper > 0.99 && lower < 0.01, "{upper} and {lower}"),
+        Err(error) if error.is_out_of_memory() => {
+            std::io::stderr().write_all(format!("skipped: it takes some 20 GB: {error}\n").as_bytes()).unwrap();
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
 /// Maps that stay on the CPU, and a weight: loss, gradient and AdaIN.
 #[test]
 fn regions_agree_with_the_cpu() {

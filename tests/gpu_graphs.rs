@@ -215,7 +215,10 @@ fn what_waits_for_the_gpu_cannot_be_captured() {
 
 /// Memory in use on the first GPU, in MiB, where there is an `nvidia-smi` to ask.
 fn used() -> Option<i64> {
-    let query = ["--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"];
+    // Where some GPUs are hidden, CUDA counts the others from 0.
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok().and_then(|list| list.split(',').next().map(|id| id.trim().to_owned()));
+    let id = visible.filter(|id| !id.is_empty()).unwrap_or_else(|| "0".to_owned());
+    let query = ["--id", &id, "--query-gpu=memory.used", "--format=csv,noheader,nounits"];
     let output = std::process::Command::new("nvidia-smi").args(query).output().ok()?;
     String::from_utf8(output.stdout).ok()?.lines().next()?.trim().parse().ok()
 }

@@ -3,6 +3,10 @@
 use crate::{Error, Result};
 use tch::Tensor;
 
+/// Where libtorch 2.11's kernel for masks on a GPU looks for a row of the mask, it counts modulo 2^32 numbers, so that rows behind the first so
+/// many are silently those at the top again. Half of that leaves room for the rows' alignment.
+const MOST_SCORES: i64 = 1 << 31;
+
 /// Shorter parts than this do not pay for themselves.
 const SHORTEST_PART: i64 = 128;
 
@@ -17,6 +21,9 @@ pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Optio
     #[cfg(fused_attention)]
     if let Some(output) = super::fused::attend(q, k, v, mask, scale) {
         return output;
+    }
+    if let Some(mask) = mask.filter(|_| q.device().is_cuda()) {
+        return in_rows(q, k, v, mask, scale, (MOST_SCORES / keys.saturating_add(16)).max(1));
     }
     let followed = [q, k, v].iter().any(|x| x.requires_grad());
     let alike = [k, v].iter().all(|x| x.size().get(..2) == Some([batch, heads].as_slice()));
@@ -46,6 +53,26 @@ fn fits((heads, width, values): (i64, i64, i64), k: &Tensor) -> Result<()> {
 fn plain(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Option<f64>) -> Result<Tensor> {
     super::without_cudnn_on(q.device());
     Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, false, scale, false)?)
+}
+
+/// So many queries at a time, with the rows of the mask that are theirs: queries do not see one another.
+fn in_rows(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: Option<f64>, most: i64) -> Result<Tensor> {
+    let queries = q.size4()?.2;
+    if queries <= most {
+        return plain(q, k, v, Some(mask), scale);
+    }
+    // A mask of one row is every query's.
+    let size = mask.size();
+    let rows = size.len().checked_sub(2).filter(|&rows| size.get(rows) == Some(&queries)).and_then(|rows| i64::try_from(rows).ok());
+    let mut outputs = vec![];
+    let mut start = 0;
+    while start < queries {
+        let count = most.min(queries - start);
+        let own = rows.map(|rows| mask.f_narrow(rows, start, count)).transpose()?;
+        outputs.push(plain(&q.f_narrow(2, start, count)?, k, v, Some(own.as_ref().unwrap_or(mask)), scale)?);
+        start += count;
+    }
+    Ok(Tensor::f_cat(&outputs, 2)?)
 }
 
 /// libtorch's backward pass on the CPU has a thread for each head of each picture and no more, so that one picture and one head keep one
@@ -110,6 +137,29 @@ mod tests {
             assert!(whole.allclose(&cut, 1e-5, 1e-6, false));
             for (a, b) in gradients(&qkv, &whole).iter().zip(gradients(&qkv, &cut)) {
                 assert!(a.allclose(&b, 1e-4, 1e-6, false), "{}", (a - &b).abs().max());
+            }
+        }
+    }
+
+    #[test]
+    fn rows_give_what_the_whole_gives() {
+        let qkv = layer(2, 3, 50, 21);
+        let [q, k, v] = &qkv;
+        let scores = (Tensor::arange(2 * 3 * 50 * 21, (Kind::Float, Device::Cpu)) * 0.7).sin().view([2, 3, 50, 21]) * 3.0;
+        let of_pictures = scores.narrow(1, 0, 1);
+        // Also one row for all queries, rows for all pictures and heads, and what is to be kept.
+        let masks = [&scores, &of_pictures, &scores.narrow(2, 7, 1), &scores.get(1).get(2), &of_pictures.gt(-1.0)];
+        for mask in masks {
+            let whole = plain(q, k, v, Some(mask), Some(0.3)).unwrap();
+            let wanted = gradients(&qkv, &whole);
+            for most in [1, 7, 49, 50, 1000] {
+                let cut = in_rows(q, k, v, mask, Some(0.3), most).unwrap();
+                assert_eq!(whole.size(), cut.size());
+                // By another kernel for few queries; rows mixed up differ by tenths.
+                assert!(whole.allclose(&cut, 1e-5, 1e-5, false), "{:?} by {most}: {}", mask.size(), (&whole - &cut).abs().max());
+                for (a, b) in wanted.iter().zip(gradients(&qkv, &cut)) {
+                    assert!(a.allclose(&b, 1e-4, 1e-5, false), "{:?} by {most}: {}", mask.size(), (a - &b).abs().max());
+                }
             }
         }
     }

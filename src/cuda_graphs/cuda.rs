@@ -16,6 +16,9 @@ const WARM_UPS: usize = 3;
 ///
 /// A capture waits for the work that is under way, and has libtorch give back the memory that it keeps for later. The graphs of one recorder
 /// share their memory, which stays theirs until the last of them is dropped; they are repeated one after the other, on whatever streams.
+///
+/// Threads may each have a recorder on one GPU. While one of them captures, libtorch refuses to draw random numbers on that GPU for the others
+/// (`Tensor::randn` there, dropout), by an error; [`Noise`](crate::Noise) draws on the CPU.
 #[derive(Debug)]
 pub struct CudaGraphs {
     shim: &'static Shim,
@@ -150,7 +153,7 @@ pub struct CudaGraph {
 }
 
 // SAFETY: libtorch's graphs belong to a device, not to a thread; no two threads use one at once, as it is not Sync. While it
-// captures it does not leave its function.
+// captures it does not leave its function. What libtorch keeps of all graphs of a device the C++ part locks.
 #[allow(unsafe_code)]
 unsafe impl Send for CudaGraph {}
 

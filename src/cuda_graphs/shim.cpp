@@ -104,27 +104,47 @@ struct Pool {
   }
 };
 
+// libtorch enters each graph in a set of the device's one generator as its capture begins, and takes it out as it is destroyed, without a
+// lock: threads with graphs of their own would be in it at once. Held for that alone, not for what is captured.
+std::mutex &registry() {
+  static auto &registry = *new std::mutex; // Not to be destroyed before the last graph.
+  return registry;
+}
+
+struct Captured : at::cuda::CUDAGraph {
+  bool ended() const { return capture_ended_; }
+
+  // After a capture that failed. The generator would take all later draws on the device, also those of other graphs, for part of the
+  // capture; and a graph that failed before it was entered in the generator's set would end the process as it is taken out.
+  void forget() {
+    for (auto &state : captured_generator_states_) {
+      state.first->capturing_ = false;
+      state.first->registered_graphs_.insert(this);
+    }
+  }
+};
+
 struct Graph {
   // Lives longer.
   Pool &pool;
-  at::cuda::CUDAGraph graph;
+  Captured graph;
 
   explicit Graph(Pool &pool) : pool(pool) {}
 
-  // What libtorch leaves undone where a capture fails: its allocators would go on to serve the stream from the pool, and its
-  // generator would take all later draws on the device for part of the capture. A clone's state is not within one. `begun`: whether the
-  // pool is known to have been taken into use.
+  // What libtorch leaves undone where a capture fails: its stream may go on to capture, its allocators would go on to serve the stream from
+  // the pool, and what `forget` is for. `begun`: whether the pool is known to have been taken into use.
   void abandon(bool begun) noexcept {
-    bool ended = false;
+    if (graph.ended()) return;
     attempt([&] {
-      graph.pool(); // throws unless the capture ended well
-      ended = true;
+      auto status = cudaStreamCaptureStatusNone;
+      if (cudaStreamIsCapturing(pool.stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone) {
+        cudaGraph_t rest = nullptr;
+        cudaStreamEndCapture(pool.stream, &rest);
+        if (rest) cudaGraphDestroy(rest);
+      }
+      cudaGetLastError(); // Or the next call would be told.
     });
-    if (ended) return;
-    attempt([&] {
-      auto generator = at::cuda::detail::getDefaultCUDAGenerator(pool.device);
-      generator.graphsafe_set_state(generator.clone());
-    });
+    attempt([&] { graph.forget(); });
     // Ending throws where it was not begun, or has ended. What was not begun is not released: other graphs may have their memory there.
     bool device_begun = begun, host_begun = begun;
     attempt([&] {
@@ -182,6 +202,7 @@ char *graphs_side_leave(void *side) {
 // autograd adds to it all the same, as it queues its kernels on this stream.
 char *graphs_begin(void *pool, void **graph) {
   return guarded([&] {
+    std::lock_guard<std::mutex> guard(registry());
     auto made = std::make_unique<Graph>(*static_cast<Pool *>(pool));
     try {
       made->graph.capture_begin(made->pool.id, cudaStreamCaptureModeThreadLocal);
@@ -195,6 +216,7 @@ char *graphs_begin(void *pool, void **graph) {
 
 char *graphs_end(void *graph) {
   return guarded([&] {
+    std::lock_guard<std::mutex> guard(registry());
     auto *ours = static_cast<Graph *>(graph);
     try {
       ours->graph.capture_end();
@@ -215,11 +237,18 @@ char *graphs_replay(void *graph) {
 // Waits for the last replay, and gives its memory back where it was the pool's last: nothing else can use what is left in it.
 char *graphs_free(void *graph) {
   std::unique_ptr<Graph> ours(static_cast<Graph *>(graph));
-  return guarded([&] {
-    ours->pool.wait();
-    ours.reset();
+  char *waited = guarded([&] { ours->pool.wait(); });
+  char *freed = guarded([&] {
+    {
+      std::lock_guard<std::mutex> guard(registry());
+      ours.reset();
+    }
     c10::cuda::CUDACachingAllocator::emptyCache();
   });
+  // One message is enough.
+  if (!waited) return freed;
+  graphs_free_error(freed);
+  return waited;
 }
 
 } // extern "C"
