@@ -5,9 +5,14 @@
 mod common;
 
 use attention_distillation::stable_diffusion::{AutoencoderKl, DecoderTuning, TuningConfig};
-use attention_distillation::{device, image, tch::Kind, Result};
+use attention_distillation::{device, image, tch::Kind, Error, Result};
 use clap::Parser;
-use std::{io::Write, path::PathBuf, process::ExitCode, time::Instant};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 /// Tunes a model's decoder to a picture, so that results in its style keep its fine texture.
 #[derive(Debug, Parser)]
@@ -51,6 +56,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     (config.epochs, config.learning_rate) = (flags.epochs, flags.lr);
     config.check()?;
     AutoencoderKl::check_writable(&flags.output)?;
+    flags.check_model_stays()?;
     flags.sheet.as_ref().map_or(Ok(()), image::check_writable)?;
     common::check_inputs_stay(flags.sheet.iter(), [&flags.image])?;
     flags.size.map_or(Ok(()), |common::Size(height, width)| image::check_size((height, width)))?;
@@ -87,6 +93,18 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         image::save(&image::sheet(&[&picture, before, &tuning.decoded()?])?, file)?;
     }
     Ok(vec![flags.output.clone()])
+}
+
+impl Flags {
+    /// Whether the model would keep the autoencoder that it has, which one that knows a single picture is no substitute for.
+    fn check_model_stays(&self) -> Result<()> {
+        let own = Path::new(&self.model).join("vae").canonicalize();
+        if own.is_ok_and(|own| self.output.canonicalize().is_ok_and(|output| output == own)) {
+            let reason = "is the model's own autoencoder, which would be lost; name another folder, and give that to --vae".into();
+            return Err(Error::Config { path: self.output.clone(), reason });
+        }
+        Ok(())
+    }
 }
 
 /// All epochs, or as many as there are before Ctrl-C.

@@ -476,6 +476,17 @@ fn models() {
     refuse(&place.path("empty"), &["empty", "unet", "diffusers"]);
     refuse(&place.path("style.png"), &["style.png"]);
 
+    // From the cache alone, which has nothing; a server would not be found.
+    #[cfg(feature = "hub")]
+    for yes in ["1", "true"] {
+        let mut command = place.command(Path::new("owner/name"), &QUICK);
+        command.env("HF_HOME", place.path("cache")).env_remove("HF_HUB_CACHE").env_remove("HUGGINGFACE_HUB_CACHE");
+        let outcome = command.env("HF_HUB_OFFLINE", yes).env("HF_ENDPOINT", "http://127.0.0.1:1").output().unwrap();
+        let (_, stderr) = texts(&outcome);
+        assert_eq!(outcome.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("owner/name") && stderr.contains("not cached") && stderr.contains("HF_HUB_OFFLINE"), "{stderr}");
+    }
+
     let copy = ModelCopy::new();
     copy.write("unet/config.json", "[".repeat(100_000));
     refuse(copy.folder(), &["unet/config.json", "not JSON"]);

@@ -58,7 +58,7 @@ fn prepare() {
             std::env::remove_var(name);
             std::env::remove_var(name.to_lowercase());
         }
-        for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"] {
+        for name in ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"] {
             std::env::remove_var(name);
         }
         std::env::set_var("HF_HOME", std::env::temp_dir().join("attention-distillation-no-such-folder"));
@@ -309,6 +309,21 @@ fn fetches_what_is_needed_once() {
     assert_eq!(hub.fetch(REPO, &mut |report| panic!("{report:?}")).unwrap(), folder);
     opens(&folder);
     refused(hub.fetch("owner/other", &mut |_| ()), &["owner/other", "127.0.0.1"]);
+}
+
+/// Nobody is asked: the server would know.
+#[test]
+fn offline() {
+    let (server, cache) = (Server::start(model()), tempfile::tempdir().unwrap());
+    let (hub, offline) = (server.hub(cache.path()), server.hub(cache.path()).with_offline(true));
+    refused(fetch(&offline), &["not cached", "HF_HUB_OFFLINE"]);
+    assert!(server.requests().is_empty());
+    let folder = fetch(&hub.with_offline(false)).unwrap();
+    server.requests();
+    assert_eq!(fetch(&offline).unwrap(), folder);
+    std::fs::remove_file(folder.join(UNET)).unwrap();
+    refused(fetch(&offline), &["incomplete", UNET.split_once('/').unwrap().0, "HF_HUB_OFFLINE"]);
+    assert!(server.requests().is_empty());
 }
 
 /// A commit that changes one file costs one file.

@@ -399,6 +399,14 @@ fn the_program_refuses() {
         place.refused_with(&none, &[&["--image", "style.png"], &flags[..]].concat(), &[word]);
     }
     place.refused(&["--image", "style.png", "--output", "tuned", "--sheet", "style.png"], &["style.png", "is read by this run"]);
+    // The model that is read keeps its own.
+    let copy = ModelCopy::new();
+    let vae = copy.path("vae");
+    let before = copy.read(model_copy::VAE);
+    for output in [vae.clone(), copy.path("unet/../vae")] {
+        place.refused_with(copy.folder(), &["--image", "style.png", "--output", output.to_str().unwrap()], &["vae", "model's own", "--vae"]);
+    }
+    assert_eq!(copy.read(model_copy::VAE), before);
     place.misused(&["--output", "tuned"], &["--image"]);
     place.misused(&["--image", "style.png"], &["--output"]);
 }

@@ -37,6 +37,9 @@ pub fn say(line: impl Display) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
+const NO_MEMORY: &str =
+    "; there is not enough memory: use a smaller --size, --low-memory, or fewer pictures at once (--batch, --count, --view-batch)";
+
 /// Ends an example: the last lines on stdout are the paths that it wrote; an error is one line on stderr and status 1.
 pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
     match outcome {
@@ -48,8 +51,13 @@ pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
             }
         }
         Err(error) => {
-            // libtorch's messages may have several lines.
-            say(format_args!("error: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")));
+            // libtorch's messages may have several lines, and know no flags.
+            let advice = match &error {
+                Error::Memory { .. } => "",
+                error if error.is_out_of_memory() => NO_MEMORY,
+                _ => "",
+            };
+            say(format_args!("error: {}{advice}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")));
             ExitCode::FAILURE
         }
     }

@@ -22,7 +22,7 @@ use std::{
 const LISTING: (Duration, u64) = (Duration::from_secs(60), 32 << 20);
 
 /// Where models come from. What is not set here is taken from the environment: `HF_ENDPOINT`, the cache in `HF_HUB_CACHE`
-/// or `HF_HOME`, as Python's huggingface_hub finds it, and the token of `HF_TOKEN` or of `hf auth login`.
+/// or `HF_HOME`, as Python's huggingface_hub finds it, the token of `HF_TOKEN` or of `hf auth login`, and `HF_HUB_OFFLINE`.
 ///
 /// ```no_run
 /// # use attention_distillation::{device, stable_diffusion::hub::Hub, StableDiffusion};
@@ -37,6 +37,7 @@ pub struct Hub {
     cache: Option<PathBuf>,
     revision: Option<String>,
     half: bool,
+    offline: Option<bool>,
 }
 
 /// How far one file of a model has come.
@@ -85,6 +86,12 @@ impl Hub {
         self
     }
 
+    /// Asks nobody and takes what is cached, as with `HF_HUB_OFFLINE=1`; or asks, whatever the environment says.
+    pub fn with_offline(mut self, offline: bool) -> Self {
+        self.offline = Some(offline);
+        self
+    }
+
     /// The local folder of a model, `owner/name` on the hub. Files that are not cached yet are fetched, and `progress` is
     /// called as their bytes arrive. Without network a model that is completely cached is found all the same.
     ///
@@ -108,6 +115,12 @@ impl Hub {
         let (api, cache) = (self.api(&cache)?, Cache::new(cache));
         let at = |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
         let folder = cache.path().join(at(revision).folder_name());
+        if self.offline.unwrap_or_else(|| std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_yes(&value))) {
+            let lacks =
+                |lacks: Option<String>| lacks.map_or_else(|| "is not cached".into(), |lacks| format!("the cached copy is incomplete: {lacks}"));
+            let advice = "and nobody is asked (HF_HUB_OFFLINE, or `Hub::with_offline`); fetch it once without that";
+            return cached(&folder, revision, self.half).map_err(|reason| format!("{}, {advice}", lacks(reason)));
+        }
         let listing = match Listing::of(&api.repo(at(revision))) {
             Ok(listing) => listing,
             Err(reason) => match cached(&folder, revision, self.half) {
@@ -173,6 +186,11 @@ fn is_name(name: &str) -> bool {
 fn is_plain(part: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     !part.is_empty() && part.bytes().all(plain) && !part.starts_with('.') && !part.contains("..")
+}
+
+/// As huggingface_hub reads a switch in the environment.
+fn is_yes(value: &str) -> bool {
+    ["1", "ON", "YES", "TRUE"].contains(&value.to_ascii_uppercase().as_str())
 }
 
 /// A folder that a variable of the environment names.
