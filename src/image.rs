@@ -3,12 +3,14 @@
 //! A picture is a tensor `(batch, 3, height, width)` in f32, RGB, values 0 to 1, sRGB as stored.
 
 mod array;
+mod colours;
 #[cfg(feature = "stable-diffusion")]
 mod edges;
 mod file;
 mod jpeg;
 
 pub use array::{from_array, from_rgb8, to_array, to_rgb8};
+pub use colours::{match_colours, match_luminance};
 #[cfg(feature = "stable-diffusion")]
 pub use edges::{canny, CANNY_HIGH, CANNY_LOW};
 pub use file::{check_writable, load, save};

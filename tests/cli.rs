@@ -159,6 +159,32 @@ fn flags_have_their_effect() {
 
 /// A draft of half the size, which stands for the early timesteps.
 #[test]
+fn colours() {
+    let place = place();
+    let draw = |more: &[&str], name: &str| place.draw(&[&QUICK[..], more].concat(), name);
+    let content = image::load(place.path("content.png")).unwrap();
+    let plain = draw(&[], "plain.png");
+    assert_eq!(differ(&draw(&["--colours", "style"], "by_style.png"), &plain), 0.0);
+    // In place: the same run, of which the luminance is kept. Two levels, as both files were rounded.
+    let in_place = draw(&["--colours", "in-place"], "in_place.png");
+    let wanted = image::match_luminance(&content, &plain).unwrap();
+    assert!((&in_place - &wanted).abs().max().double_value(&[]) < 2.0 / 255.0 && differ(&in_place, &plain) > 0.0);
+    // The content's for the style, which stands second in the sheet.
+    let by_content = draw(&["--colours", "content", "--sheet", "sheet.png"], "by_content.png");
+    assert!(differ(&by_content, &plain) > 0.0);
+    let sheet = image::load(place.path("sheet.png")).unwrap();
+    let ((_, width), all) = (size(&content), size(&sheet).1);
+    let style = sheet.narrow(3, width + 8, all - 2 * (width + 8));
+    let mean = |picture: &Tensor| picture.mean_dim(Some([0, 2, 3].as_slice()), false, Kind::Float);
+    let off = |picture: &Tensor| (mean(picture) - mean(&content)).abs().max().double_value(&[]);
+    let own = image::load(place.path("style.png")).unwrap();
+    assert!(off(&style) < 0.01 && off(&own) > 0.03, "{} {}", off(&style), off(&own));
+    place.refused(&["--style", "style.png", "--colours", "content"], &["colours", "--content"]);
+    place.refused(&["--style", "style.png", "--colours", "in-place"], &["colours", "--content"]);
+    place.misused(&[&QUICK[..], &["--colours", "mine"]].concat(), &["--colours", "in-place"]);
+}
+
+#[test]
 fn from_coarse_to_fine() {
     let place = place();
     let model = StableDiffusion::open(tiny(), Device::Cpu, Kind::Float).unwrap();
