@@ -42,7 +42,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from licences import Licences, permissive, spelled
 from packages import Failure, download, picture_files, unpack
@@ -151,6 +151,8 @@ def open_picture(data, source):
     picture.load()
     if picture.mode in ("I", "I;16", "F"):
         return None, size, "not 8 bits"
+    # Photographs taken upright are stored lying, with a tag. None of those collected from packages has one that turns it, so RECIPE stayed.
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("P", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
     if picture.mode == "RGBA":
