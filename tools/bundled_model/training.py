@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data import Batches
@@ -54,7 +55,8 @@ class Run:
 
     The state is saved every `every` steps, at the start of the cooldown (`trunk.pt`, from which a longer run can go on at the full
     rate) and on SIGTERM or SIGINT. It holds everything that the next step depends on, the generators included, so a run that was
-    killed and started again with the same flags and tiles ends with the same weights, up to the roundings of the machine.
+    killed and started again with the same flags and tiles ends with the same weights, up to the roundings of the machine; only from a CPU
+    to a GPU or back noise and timesteps are drawn anew, as their generators are of different kinds.
     """
 
     def __init__(self, folder, model, optimizer, args, encoder, warmup=100, average=0.998, every=250):
@@ -98,8 +100,15 @@ class Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step, self.seconds, self.loss = state["ema"], state["step"], state["seconds"], state["loss"]
-            self.generator.set_state(state["generator"].cpu())
-            self.say(f"goes on from {name}" + (", whose crops were drawn in another way" if "rng" in state else ""))
+            goes_on = f"goes on from {name}" + (", whose crops were drawn in another way" if "rng" in state else "")
+            draws = state["generator"].cpu()
+            if len(draws) == len(self.generator.get_state()):
+                self.generator.set_state(draws)
+            else:
+                # Of another kind of device, whose generators hold another number of bytes; told by them, since older states do not name it.
+                self.generator.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1)[0]))
+                goes_on += f", of another kind of device than this {self.device.type}, so noise and timesteps are drawn anew by seed and step"
+            self.say(goes_on)
             return
         if used:
             raise SystemExit(f"no state in {self.folder} fits a cooldown from step {first_of_cooldown}: more --steps, or another --name for a shorter run")
