@@ -24,6 +24,7 @@ work/rejected/NAME.csv says for every picture that was left out why; work/exclud
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -44,8 +45,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from folder import parts, survey
 from licences import Licences, permissive, spelled
-from packages import Failure, download, picture_files, unpack
+from packages import PICTURES, Failure, download, picture_files, unpack
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
@@ -96,6 +98,8 @@ class Source:
     ground: str = ""  # a colour to put transparent pictures on
     min_side: int = 200
     any_name: bool = False  # do not judge by NOT_A_PICTURE
+    folder: str = ""  # --folder's, not for an entry: where the pictures are, and which files of them this source is
+    files: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         self.id = self.id or re.sub(r"[^A-Za-z0-9.+-]+", "-", self.name.lstrip("@"))
@@ -111,7 +115,9 @@ class Source:
         """Changes when the results would."""
         default = Source(self.kind, self.name, self.version, "listed", self.group)
         said = {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(default, name)}
-        said.pop("exclude", None)  # the merge heeds it
+        # The merge heeds the first; what is in the files of a folder is in the version.
+        for name in ("exclude", "folder", "files"):
+            said.pop(name, None)
         text = json.dumps([RECIPE, SEED, SIDE, self.name, self.version, self.licence, self.group, said], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -244,7 +250,7 @@ def collect(source):
     result = WORK / "candidates" / f"{source.id}.npz"
     mark = WORK / "candidates" / f"{source.id}.key"
     own = source.kind == "folder"
-    folder = Path(source.name) if own else WORK / "unpacked" / source.id
+    folder = Path(source.folder) if own else WORK / "unpacked" / source.id
     archives = None if own else download(source, WORK / "downloads")
     try:
         if not own:
@@ -306,14 +312,17 @@ def collect(source):
             view_counts=np.array([len(t) for t in thumbnails], np.int64),
         )
     mark.write_text(source.key())
-    reasons = {}
-    for _, reason in rejected:
-        reasons[reason] = reasons.get(reason, 0) + 1
     print(f"{source.id}: {len(rows)} pictures, {sum(map(len, tiles))} tiles")
-    for reason, n in sorted(reasons.items(), key=lambda r: -r[1])[:12]:
-        print(f"    left out {n:5}  {reason}")
+    if not own:
+        left_out(rejected)
     sys.stdout.flush()
     return True
+
+
+def left_out(rejected):
+    """Says the commonest reasons."""
+    for reason, n in collections.Counter(reason for _, reason in rejected).most_common(12):
+        print(f"    left out {n:5}  {reason}")
 
 
 def collected(source):
@@ -326,7 +335,7 @@ def choose(source, folder, licences, rejected):
     """The pictures that pass by name and licence; with a limit, as many of them as the limit says, chosen by the seed."""
 
     def passing():
-        for path, read in picture_files(folder):
+        for path, read in picture_files(folder, source.files):
             if not matches(source.include, path) or matches(source.exclude, path):
                 continue
             if not source.any_name and NOT_A_PICTURE.search(path):
@@ -427,6 +436,7 @@ COLUMNS = ["source", "kind", "package", "version", "path", "licence", "author", 
 
 
 def merge(sources, publish=False):
+    """Returns how many tiles there are."""
     held_out = HeldOut()
     known_hashes, known_views, known_names = np.zeros((0, 64), bool), np.zeros((0, 256), np.float32), []
     known_sha = {}
@@ -487,6 +497,7 @@ def merge(sources, publish=False):
     with writing(WORK / "excluded.csv") as part, part.open("w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows(excluded)
     report(manifest, excluded, summary)
+    return sum(r["tiles"] for r in manifest)
 
 
 def write_tiles(source, candidates, numbers):
@@ -496,9 +507,12 @@ def write_tiles(source, candidates, numbers):
     if target.exists() and mark.exists() and mark.read_text() == key:
         return
     with np.load(candidates) as c:
-        tiles = c["tiles"][numbers]
-    with writing(target) as part, part.open("wb") as f:
-        np.save(f, tiles)
+        found = c["tiles"]
+    with writing(target) as part:
+        tiles = np.lib.format.open_memmap(part, "w+", np.uint8, (len(numbers), SIDE, SIDE, 3))
+        for i, n in enumerate(numbers):
+            tiles[i] = found[n]
+        tiles.flush()
     sheet(tiles, WORK / "sheets" / f"{source.id}.png")
     mark.write_text(key)
 
@@ -531,6 +545,33 @@ def report(manifest, excluded, summary):
     print(f"\n{sum(r['tiles'] for r in manifest)} tiles of {len(manifest)} pictures")
 
 
+def of_folder(folder):
+    """One's own pictures as sources."""
+    files, others = survey(folder)
+    if others:
+        print("not read as pictures: " + ", ".join(f"{n} {end}" for end, n in others.most_common()))
+    if not files:
+        raise Failure(f"no pictures in {folder}: files are read that end in {', '.join(PICTURES)}")
+    return [
+        Source(kind="folder", name="own", version=state, licence="own", group="photograph", id=f"own-{n:03}", any_name=True, folder=str(folder), files=part)
+        for n, (part, state) in enumerate(parts(folder, files), 1)
+    ]
+
+
+def forget_parts(sources):
+    """Drops what is left of a folder that had more pictures once, and says what was left out of the parts that there are."""
+    wanted = {source.id for source in sources}
+    for kind in ("candidates", "rejected", "sheets"):
+        for file in (WORK / kind).glob("own*"):
+            if file.stem not in wanted:
+                file.unlink()
+    rejected = []
+    for file in sorted((WORK / "rejected").glob("own*.csv")):
+        with file.open(newline="") as f:
+            rejected += csv.reader(f)
+    left_out(rejected)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="only these sources")
@@ -539,7 +580,7 @@ def main():
     parser.add_argument("--discard-downloads", action="store_true", help="delete each archive after use")
     parser.add_argument("--publish", action="store_true", help="write the manifest that is committed, too; every source must be there")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="your own pictures, in place of the sources")
-    parser.add_argument("--work", type=Path, help="the working folder; for --folder it must be another than the default one")
+    parser.add_argument("--work", type=Path, help="the working folder; for --folder another than the default one")
     args = parser.parse_args()
     if args.folder and (args.work is None or not args.folder.is_dir()):
         parser.error("--folder needs a folder that is there, and --work for the results")
@@ -551,13 +592,9 @@ def main():
     if args.hold_out:
         hold_out(args.hold_out)
         return 0
-    if args.folder:
-        files = sorted((str(file), file.stat().st_size, file.stat().st_mtime) for file in args.folder.rglob("*") if file.is_file())
-        state = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]  # so that pictures added later are seen
-        own = Source(kind="folder", name=str(args.folder.resolve()), version=state, licence="own", group="photograph", id="own", any_name=True)
-        sources = [own]
-    else:
-        sources = read_sources()
+    if args.folder and (WORK == HERE / "work" or WORK.is_relative_to(args.folder.resolve())):
+        parser.error("--work: for --folder another than the default one, and not within that folder")
+    sources = of_folder(args.folder.resolve()) if args.folder else read_sources()
     unknown = set(args.names) - {s.id for s in sources}
     if unknown:
         raise Failure(f"no source is called {', '.join(sorted(unknown))}")
@@ -575,9 +612,13 @@ def main():
     missing = [source.id for source in sources if not collected(source)]
     if args.publish and missing:
         raise Failure(f"not collected yet, or by earlier rules: {', '.join(missing)}")
-    merge(sources, args.publish)
+    if args.folder:
+        forget_parts(sources)
+    tiles = merge(sources, args.publish)
     if missing:
         print(f"left out, since they are not collected yet, or by earlier rules: {', '.join(missing)}", file=sys.stderr)
+    if not tiles:
+        raise Failure(f"no tiles: {WORK}/rejected says for every picture why it was left out, {WORK}/excluded.csv for those of the merge")
     return 1 if failed else 0
 
 

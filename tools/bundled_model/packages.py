@@ -102,24 +102,29 @@ def rcc_members(data):
     yield from walk(0, "")
 
 
-def picture_files(folder):
-    """Every (path, function that gives the bytes) of an unpacked source, archives in it opened, in sorted order."""
+def files_below(folder):
+    """The path of every file in a folder and its folders but links, in sorted order."""
     for root, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
             file = Path(root, name)
-            path = file.relative_to(folder).as_posix()
-            if file.is_symlink():
-                continue
-            lower = name.lower()
-            if lower.endswith(PICTURES):
-                yield path, file.read_bytes
-            elif lower.endswith(".rcc"):
-                for member, data in sorted(rcc_members(file.read_bytes())):
+            if not file.is_symlink():
+                yield file.relative_to(folder).as_posix()
+
+
+def picture_files(folder, files=()):
+    """Every (path, function that gives the bytes) of an unpacked source, archives in it opened, in sorted order; or of these files in it alone."""
+    for path in files or files_below(folder):
+        file = folder / path
+        lower = file.name.lower()
+        if lower.endswith(PICTURES):
+            yield path, file.read_bytes
+        elif lower.endswith(".rcc"):
+            for member, data in sorted(rcc_members(file.read_bytes())):
+                if member.lower().endswith(PICTURES):
+                    yield f"{path}/{member}", lambda data=data: data
+        elif lower.endswith(ZIPS) and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as z:
+                for member in sorted(set(z.namelist())):
                     if member.lower().endswith(PICTURES):
-                        yield f"{path}/{member}", lambda data=data: data
-            elif lower.endswith(ZIPS) and zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as z:
-                    for member in sorted(set(z.namelist())):
-                        if member.lower().endswith(PICTURES):
-                            yield f"{path}/{member}", lambda z=z, member=member: z.read(member)
+                        yield f"{path}/{member}", lambda z=z, member=member: z.read(member)

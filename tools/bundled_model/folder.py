@@ -1,0 +1,41 @@
+"""A folder of one's own pictures, taken in parts: what a run of collect.py that is killed has done stays, and no more than a part is in memory."""
+
+import collections
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from packages import PICTURES, ZIPS
+
+PART = 100
+
+
+def survey(folder):
+    """The files that are read, pictures and archives of such, sorted by path; and how many others there are, by the end of their names."""
+    read, others = [], collections.Counter()
+    for root, folders, files in os.walk(folder):
+        for file in (Path(root, name) for name in folders + files):
+            if file.is_symlink():
+                others["links"] += 1
+            elif file.name.lower().endswith((*PICTURES, ".rcc", *ZIPS)) and file.is_file():
+                read.append(file.relative_to(folder).as_posix())
+            elif file.is_file():
+                others[file.suffix.lower() or "without an ending"] += 1
+    return sorted(read), others
+
+
+def parts(folder, files):
+    """The files, part by part, each part with a checksum of its names and contents: pictures that are only touched or copied anew change nothing."""
+    for start in range(0, len(files), PART):
+        part = files[start : start + PART]
+        named = json.dumps([(file, checksum(folder / file)) for file in part])
+        yield part, hashlib.sha256(named.encode()).hexdigest()[:12]
+
+
+def checksum(file):
+    try:
+        with file.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError:
+        return "unreadable"  # it is left out, and looked at again once it can be read
