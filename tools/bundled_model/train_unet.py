@@ -67,13 +67,13 @@ EARLY = (0.7, 0.2, 0.1, 0.0, 0.0, 0.0)
 # With --layout: crops whose queries are compared, by the same sides; at least two, as others are what they are measured against.
 PAIRS = {16: 4, 24: 3, 32: 2, 48: 2, 64: 2, 72: 2}
 
-torch.manual_seed(args.seed)
 if not (args.work / "vae_init").exists():
     parser.error(f"no encoder in {args.work}: train_vae.py --init writes it")
 vae = AutoencoderKL.from_pretrained(args.work / "vae_init").to(args.device).eval().requires_grad_(False)
 if args.start:
     unet = UNet2DConditionModel.from_pretrained(args.start, torch_dtype=torch.float32)
 else:
+    torch.manual_seed(args.seed)  # here, for without accelerate reading the autoencoder draws, too
     unet = UNet2DConditionModel(**CONFIG)
     with torch.no_grad():
         for name, weight in unet.named_parameters():
