@@ -133,7 +133,7 @@ if not args.unbalanced:
         run.say(f"downsampling was off balance by {off:.2f} of its weights' size and is balanced from here on")
         balance(unet)
     optimizer.register_step_post_hook(lambda *_: balance(unet))
-done = run.go(crops_of, loss_of, validate)
+run.go(crops_of, loss_of, validate)
 
 
 def save(_):
@@ -144,4 +144,4 @@ def save(_):
 
 
 run.averaged(save)
-print("done" if done else "stopped; the same command goes on")
+run.finish(args.work / args.name)

@@ -152,6 +152,6 @@ def validate(run):
 
 optimizer = Muon(vae, args.lr, decay=1e-3, outer=("decoder.conv_in", "decoder.conv_out", "encoder"))
 run = Run(args.work / f"{args.name}_run", vae, optimizer, args, start, average=0.995, every=500)
-done = run.go(crops_of, loss_of, validate)
+run.go(crops_of, loss_of, validate)
 run.averaged(lambda _: vae.save_pretrained(args.work / args.name))
-print("done" if done else "stopped; the same command goes on")
+run.finish(args.work / args.name)

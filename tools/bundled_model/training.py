@@ -4,7 +4,9 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -167,7 +169,14 @@ class Run:
                 numbers = self.averaged(validate)
                 self.say("held out: " + ", ".join(f"{k} {v}" for k, v in numbers.items()), **numbers)
         self.save()
-        return self.step == self.steps
+
+    def finish(self, weights):
+        """Says how it ended. One that was stopped exits with 3, so that no script goes on with weights that are half trained."""
+        if self.step == self.steps:
+            print("done")
+            return
+        print(f"stopped at step {self.step} of {self.steps}, whose weights are in {weights}; to go on:\n    {shlex.join(['python3', *sys.argv])}", file=sys.stderr)
+        sys.exit(3)
 
     def averaged(self, what):
         """`what(run)` with the averaged weights in the model."""
