@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Judges a model folder on the pictures of heldout.toml, with the crate's own examples at their default settings.
+"""Judges a model folder on the pictures of heldout.toml, or on one's own, with the crate's own examples at their default settings.
 
     python3 heldout.py                                        # once: work/heldout/{evaluation,tuning}/{content,style,texture}/NAME.png
     cargo build --release --examples
     python3 evaluate.py --model ../../assets/mini --name bundled
     python3 evaluate.py --table                               # the table of all that were judged, as in weights.md
+    python3 evaluate.py --model mine/my_model --name mine --work mine --sizes 256 --contents DIR --styles DIR     # pictures of one's own in place of heldout.py's
 
 Every content meets several styles, every style several contents; what is counted:
 
@@ -15,6 +16,7 @@ Every content meets several styles, every style several contents; what is counte
   of the source: 1 is what nature does;
 - PSNR of the autoencoder, and errors of the denoising, on held-out tiles.
 
+Of one's own pictures every content meets every style, each picture's middle square is taken, and textures are those of --texture-folder.
 Pictures that are there already are not made again. Results, pictures and a contact sheet of all lie in work/evaluation/NAME.
 """
 
@@ -28,28 +30,36 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from collect import writing
+from packages import PICTURES
 
 HERE = Path(__file__).resolve().parent
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", type=Path, help="folder in diffusers layout")
 parser.add_argument("--name", help="what to call it")
 parser.add_argument("--set", default="evaluation", choices=("evaluation", "tuning"))
+parser.add_argument("--contents", type=Path, metavar="DIR", help="pictures of your own, with --styles, in place of the set")
+parser.add_argument("--styles", type=Path, metavar="DIR")
+parser.add_argument("--texture-folder", type=Path, metavar="DIR", help="likewise textures, of at least 512 pixels a side")
 parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384])
-parser.add_argument("--pairs", type=int, nargs="+", default=[144], help="of content and style, for each size; the last number serves the sizes left")
+parser.add_argument("--pairs", type=int, nargs="+", help="of content and style, for each size; the last number serves the sizes left; default: all")
 parser.add_argument("--textures", type=int, default=12)
 parser.add_argument("--flags", default="", help="for style_transfer, such as '--content-weight 0.15'")
 parser.add_argument("--texture-flags", default="", help="likewise for texture_synthesis")
 parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="pictures made at the same time, with one thread each")
 parser.add_argument("--binaries", type=Path, default=HERE / "../../target/release/examples")
 parser.add_argument("--work", type=Path, default=HERE / "work")
-parser.add_argument("--no-networks", action="store_true", help="pictures only")
+parser.add_argument("--no-networks", action="store_true", help="pictures only, which wants no tiles in --work")
 parser.add_argument("--table", action="store_true")
 args = parser.parse_args()
 if not args.table and not (args.model and args.name):
     parser.error("--model and --name, or --table")
+if bool(args.contents) != bool(args.styles):
+    parser.error("--contents and --styles go together")
+OWN = dict(content=args.contents, style=args.styles, texture=args.texture_folder)
+OWN = OWN if any(OWN.values()) else None
 for network in () if args.table else ("unet", "vae"):
     if not (args.model / network / "config.json").exists():
         parser.error(f"no {network} in {args.model}")
@@ -76,12 +86,18 @@ def patches(found):
     return sum(scales) / len(scales)
 
 
-def fitted(picture, side, folder):
-    """A held-out picture in the size of a run, so that scaling is the same for all models."""
-    path = folder / f"{picture.parent.name}_{picture.stem}_{side}.png"
+def square(path, side):
+    """The middle of a picture, turned as its EXIF tag says."""
+    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+
+
+def fitted(picture, role, side, folder):
+    """A picture in the size of a run, so that scaling is the same for all models."""
+    path = folder / f"{role}_{picture.stem}_{side}.png"
     if not path.exists():
         with writing(path) as part:
-            Image.open(picture).convert("RGB").resize((side, side), Image.Resampling.LANCZOS).save(part, "PNG")
+            square(picture, side).save(part, "PNG")
     return path
 
 
@@ -124,11 +140,10 @@ def transfer(content, style, output, side):
     return dict(patches=patches(after) / patches(before), colours=after["colour_distance"] / before["colour_distance"], structure=after["ms_ssim"])
 
 
-def transfers(held, folder, inputs, side, count):
-    contents, styles = (sorted((held / role).glob("*.png")) for role in ("content", "style"))
+def transfers(pictures, folder, inputs, side, count):
     rows = []
-    for content, style in pairs(contents, styles, count):
-        content, style = fitted(content, side, inputs), fitted(style, side, inputs)
+    for content, style in pairs(pictures["content"], pictures["style"], count):
+        content, style = fitted(content, "content", side, inputs), fitted(style, "style", side, inputs)
         rows.append((content, style, folder / f"{content.stem}__{style.stem}.png"))
     found = each([(row[2].with_suffix(".json"), (*row, side)) for row in rows], transfer)
     if rows:
@@ -142,13 +157,10 @@ def texture(source, other, output):
     return dict(natural=natural, made=made, ratio=made / natural)
 
 
-def two_crops(whole, side=256):
+def two_crops(whole, side):
     """The first quarter and the opposite one, or the one to the right of the first where the opposite one is a copy, as it can be in
     textures for games, which are shifted by half their width and height and laid over themselves."""
-    if min(whole.size) < 2 * side:
-        raise SystemExit(f"a texture of {whole.width}x{whole.height}: two crops of {side}x{side} want {2 * side}x{2 * side}")
-    right, bottom = whole.width - side, whole.height - side
-    first, opposite, beside = (whole.crop((x, y, x + side, y + side)) for x, y in ((0, 0), (right, bottom), (right, 0)))
+    first, opposite, beside = (whole.crop((x, y, x + side, y + side)) for x, y in ((0, 0), (side, side), (side, 0)))
     return first, beside if correlation(first, opposite) > 0.8 else opposite
 
 
@@ -157,12 +169,12 @@ def correlation(a, b):
     return statistics.correlation(a, b)
 
 
-def textures(held, folder, inputs):
+def textures(pictures, folder, inputs, side=256):
     rows = []
-    for picture in sorted((held / "texture").glob("*.png"))[: args.textures]:
+    for picture in pictures["texture"][: args.textures]:
         source, other = (inputs / f"quarter_{name}_{picture.stem}.png" for name in ("a", "b"))
         if not other.exists():
-            for crop, path in zip(two_crops(Image.open(picture).convert("RGB")), (source, other)):
+            for crop, path in zip(two_crops(square(picture, 2 * side), side), (source, other)):
                 with writing(path) as part:
                     crop.save(part, "PNG")
         rows.append((source, other, folder / f"texture_{picture.stem}.png"))
@@ -195,12 +207,48 @@ def mean(found, name):
     return round(sum(f[name] for f in found) / len(found), 3) if found else None
 
 
-def same_as_before(path):
+def held_out():
+    """The pictures of the set, by role."""
+    held, found = HERE / "work/heldout" / args.set, {}
+    for role in ("content", "style", "texture"):
+        wanted = [p["name"] for p in tomllib.loads((HERE / "heldout.toml").read_text())["picture"] if (p.get("set"), p.get("role")) == (args.set, role)]
+        if missing := [name for name in wanted if not (held / role / f"{name}.png").exists()]:
+            raise SystemExit(f"no {', '.join(missing)} in {held / role}: run heldout.py first")
+        found[role] = sorted((held / role).glob("*.png"))
+    return found
+
+
+def own(folder, least=1):
+    """The pictures of a folder."""
+    found = sorted(file for file in folder.glob("*") if file.name.lower().endswith(PICTURES))
+    if not found:
+        raise SystemExit(f"no pictures in {folder}: files are read that end in {', '.join(PICTURES)}")
+    stems = [file.stem for file in found]
+    for file in found:
+        if stems.count(file.stem) > 1:
+            raise SystemExit(f"{folder} has two pictures called {file.stem}")
+        try:
+            side = min(Image.open(file).size)
+        except OSError as e:
+            raise SystemExit(f"{file}: {e}") from None
+        if side < least:
+            raise SystemExit(f"{file} has {side} pixels on its shorter side, {least} are the least")
+    return found
+
+
+def checksum(files):
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def same_as_before(path, pictures):
     """What a folder's pictures are made with; they are not made again, so they must not be of something else."""
-    files = sorted(file for kind in ("*.json", "*/*.json", "*/*.safetensors") for file in args.model.glob(kind))
-    model = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    held = hashlib.sha256((HERE / "heldout.toml").read_bytes()).hexdigest()
-    now = dict(model=model, held_out=held, set=args.set, flags=args.flags, texture_flags=args.texture_flags)
+    model = checksum(sorted(file for kind in ("*.json", "*/*.json", "*/*.safetensors") for file in args.model.glob(kind)))
+    if OWN:
+        named = json.dumps({role: [(file.name, checksum([file])) for file in files] for role, files in pictures.items()})
+        judged_on = dict(pictures=hashlib.sha256(named.encode()).hexdigest())
+    else:
+        judged_on = dict(held_out=checksum([HERE / "heldout.toml"]), set=args.set)
+    now = dict(model=model, **judged_on, flags=args.flags, texture_flags=args.texture_flags)
     if path.exists():
         before = json.loads(path.read_text())
     elif any(path.parent.glob("*.json")):
@@ -214,20 +262,22 @@ def same_as_before(path):
 
 
 def judge():
-    held, folder = HERE / "work/heldout" / args.set, args.work / "evaluation" / args.name
-    inputs = args.work / "evaluation" / "inputs"
-    for role in ("content", "style", "texture"):
-        wanted = [p["name"] for p in tomllib.loads((HERE / "heldout.toml").read_text())["picture"] if (p.get("set"), p.get("role")) == (args.set, role)]
-        if missing := [name for name in wanted if not (held / role / f"{name}.png").exists()]:
-            raise SystemExit(f"no {', '.join(missing)} in {held / role}: run heldout.py first")
+    evaluation = args.work / "evaluation"
+    folder = evaluation / args.name
+    if OWN:
+        pictures = {role: own(place, 512 if role == "texture" else 1) if place else [] for role, place in OWN.items()}
+        inputs, every = folder / "inputs", len(pictures["content"]) * len(pictures["style"])
+    else:
+        pictures, inputs, every = held_out(), evaluation / "inputs", 144
     for made in (folder, inputs):
         made.mkdir(parents=True, exist_ok=True)
-    same_as_before(folder / "judged.json")
-    result = dict(name=args.name, set=args.set, flags=args.flags, texture_flags=args.texture_flags, **({} if args.no_networks else networks()))
+    same_as_before(folder / "judged.json", pictures)
+    result = dict(name=args.name, set="own" if OWN else args.set, flags=args.flags, texture_flags=args.texture_flags, **({} if args.no_networks else networks()))
+    counts = args.pairs or [every]
     for i, side in enumerate(args.sizes):
-        found = transfers(held, folder, inputs, side, args.pairs[min(i, len(args.pairs) - 1)])
+        found = transfers(pictures, folder, inputs, side, counts[min(i, len(counts) - 1)])
         result[f"transfers_{side}"] = dict(pairs=len(found), **{name: mean(found, name) for name in ("patches", "colours", "structure")})
-    found = textures(held, folder, inputs)
+    found = textures(pictures, folder, inputs)
     ratios = [f["ratio"] for f in found]
     median, within = (round(statistics.median(ratios), 3), sum(ratio <= 1.5 for ratio in ratios)) if ratios else (None, None)
     result["textures"] = dict(count=len(found), ratio=mean(found, "ratio"), median=median, within=within)

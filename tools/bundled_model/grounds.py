@@ -71,7 +71,9 @@ def main():
         results = sorted((evaluation / name).glob("*_256__*_256.png"))
         if not results:
             raise SystemExit(f"no transfers at 256 px in {evaluation / name}: run evaluate.py first")
-        found = [within_grounds(evaluation / "inputs" / f"{result.stem.split('__')[0]}.png", result) for result in results]
+        inputs = evaluation / name / "inputs"  # of one's own pictures
+        inputs = inputs if inputs.exists() else evaluation / "inputs"
+        found = [within_grounds(inputs / f"{result.stem.split('__')[0]}.png", result) for result in results]
         print(f"{name}: {len(found)} pairs, mean {statistics.mean(found):.3f}, median {statistics.median(found):.3f}, worst {max(found):.3f}")
 
 
