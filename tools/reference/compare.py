@@ -70,8 +70,8 @@ def arguments():
     return args
 
 
-# Of losses in f32 on a CPU: beyond it the two did not do the same work.
-SAME_WORK = 1e-3
+# Of losses in f32 on a CPU: beyond it the two did not compute the same thing.
+SAME_LOSSES = 1e-3
 
 
 def one_round(name, case, args, model, given, folder, python_first):
@@ -115,8 +115,8 @@ def compare(name, args, folder):
     crate, python, difference = rounds[-1]
     apart = losses(crate, python)
     print(f"\nThe pictures differ by {difference:.3f} grey levels of 255 on average.\n", flush=True)
-    if args.device == "cpu" and args.dtype == "f32" and apart > SAME_WORK:
-        raise SystemExit(f"error: {name}: losses that differ by {apart:.1e} are not of the same work, and the ratios mean nothing")
+    if args.device == "cpu" and args.dtype == "f32" and apart > SAME_LOSSES:
+        raise SystemExit(f"error: {name}: losses that differ by {apart:.1e} are not of the same procedure, and the ratios mean nothing")
 
 
 def table(rounds, adam_steps):
