@@ -1,6 +1,7 @@
 """Under which terms a file of a package comes, and whether they are permissive enough to train on.
 
-The rules are on the strict side: a picture whose terms leave a doubt is left out.
+The rules are on the strict side: a picture whose terms leave a doubt that they can see is left out. One they do not see: whether those who are
+named made it. A list of authors for many pictures passes, and so does a site that offers pictures; README.md says which those are.
 """
 
 import dataclasses
