@@ -33,6 +33,7 @@ test: libtorch ## the whole test suite
 	$(CARGO) test --no-default-features --test 'core_*' --test image --test metrics
 	$(CARGO) test --features cuda-graphs --lib --test 'core_graphs*' --test gpu_graphs
 	$(PYTHON) tools/bundled_model/test_licences.py
+	$(PYTHON) tools/bundled_model/test_folder.py
 
 lint: libtorch ## format and clippy, every feature set
 	$(CARGO) fmt --check
