@@ -43,6 +43,9 @@ judge text_to_image --style "$harvest"
 draw sampling style_transfer --method sample --content "$astronaut" --style "$harvest" --size 256x256 --content-weight 0.5
 judge sampling --style "$harvest" --content "$astronaut"
 
+draw colours style_transfer --colours content --content "$pictures/content_chelsea.png" --style "$harvest" --size 256x256
+judge colours --style "$harvest" --content "$pictures/content_chelsea.png"
+
 draw controlled texture_synthesis --style "$harvest" --style-mask "$pictures/labels_harvest.png" --target-mask "$pictures/labels_hill.png"
 judge controlled --style "$harvest"
 judge controlled --style "$harvest" --style-mask "$pictures/labels_harvest.png" --target-mask "$pictures/labels_hill.png"

@@ -44,7 +44,7 @@ pub struct Shared {
     /// Self-attention layers in execution order; default: the last six
     #[arg(long, value_name = "A..B", value_parser = layers)]
     pub layers: Option<Range<usize>>,
-    /// The same seed gives the same picture on the same device
+    /// The same seed gives the same picture on the same device; on a GPU up to roundings
     #[arg(long, value_name = "N", default_value_t = 42)]
     pub seed: u64,
     /// cpu, cuda or cuda:N; default: CUDA where there is a working one, else the CPU
