@@ -148,9 +148,19 @@ mod fit {
         assert!(if memory { matches!(error, Error::Memory { .. }) } else { matches!(error, Error::Argument { argument: "size", .. }) }, "{error:?}");
         let message = error.to_string();
         assert!(message.contains("size") && message.contains(&format!("{width}x{height}")), "{message}");
-        assert_eq!(model.noise(1, (height, width), &mut Noise::seeded(0)).unwrap_err().to_string(), message);
-        assert!(started.elapsed() < Duration::from_secs(2), "{message}");
+        let other = model.noise(1, (height, width), &mut Noise::seeded(0)).unwrap_err();
+        assert_eq!(format!("{:?}", but_for_free(other)), format!("{:?}", but_for_free(error)));
+        // Refused, and not tried: what fills a machine's memory takes minutes.
+        assert!(started.elapsed() < Duration::from_secs(30), "{message}");
         message
+    }
+
+    /// What is free is read anew for each error, and other programs take and give meanwhile.
+    fn but_for_free(mut error: Error) -> Error {
+        if let Error::Memory { free, .. } = &mut error {
+            *free = 0;
+        }
+        error
     }
 
     #[test]
@@ -208,25 +218,30 @@ mod fit {
     /// one thing.
     #[test]
     fn batches_of_windows_beyond_memory() {
-        let (model, size) = (tiny(), (4096, 4096));
+        let (model, size) = (tiny(), (2048, 2048));
         let style = |side: i64| References::style(Tensor::zeros([1, 4, side, side], (Kind::Float, Device::Cpu)));
         let labels = || LabelMap::new(&Tensor::zeros([1, 1, 4, 4], (Kind::Int64, Device::Cpu))).unwrap();
-        // Of these there are 200 000, so that a batch can be too large for any machine.
+        // Of these there are 37 249, of 75 MiB of activations each, so that a batch can be too large for nearly any machine. One with the
+        // picture takes .3 GiB, and .4 with the bias of 64x64 tokens for as many of a style: that has to be free.
         let windows = Windows::new(64, 1);
         model.check_windows(&windows.with_batch(1), size, &style(512)).unwrap();
         model.check_windows(&windows.with_batch(usize::MAX), (512, 512), &style(64)).unwrap();
-        model.check_windows(&windows, size, &style(64).with_labels(labels())).unwrap();
-        if let Some(gib) = memory_gib() {
-            // A view is 75 MiB of activations; the bias of 64x64 tokens for 512x512 of a style is 8 GiB.
-            for (batch, references) in [(gib * 1024 / 75 + 1, style(64)), (gib / 8 + 1, style(512).with_labels(labels()))] {
-                let batch = usize::try_from(batch).unwrap();
-                let error = model.check_windows(&windows.with_batch(batch), size, &references).unwrap_err();
-                assert!(matches!(error, Error::Memory { .. }), "{error:?}");
-                let error = error.to_string();
-                for words in ["4096x4096", &format!("batches of {batch} windows"), "GiB", "smaller batches"] {
-                    assert!(error.contains(words), "{error}");
+        model.check_windows(&windows.with_batch(1), size, &style(64).with_labels(labels())).unwrap();
+        match memory_gib() {
+            // The bias for 512x512 tokens of a style is 8 GiB.
+            Some(gib) if gib < 2000 => {
+                for (batch, references) in [(gib * 1024 / 75 + 1, style(64)), (gib / 8 + 1, style(512).with_labels(labels()))] {
+                    let batch = usize::try_from(batch).unwrap();
+                    let error = model.check_windows(&windows.with_batch(batch), size, &references).unwrap_err();
+                    assert!(matches!(error, Error::Memory { .. }), "{error:?}");
+                    let error = error.to_string();
+                    for words in ["2048x2048", &format!("batches of {batch} windows"), "GiB", "smaller batches"] {
+                        assert!(error.contains(words), "{error}");
+                    }
                 }
             }
+            Some(gib) => skipped(&format!("{gib} GiB hold all the windows at once")),
+            None => {}
         }
         assert!(model.check_windows(&Windows::new(0, 1), size, &style(64)).is_err());
         assert!(model.check_windows(&windows, (7, 64), &style(64)).is_err());
