@@ -38,8 +38,9 @@ impl Watched {
         self.stderr = None;
     }
 
+    /// By the shell's own `kill`: not every system has a program of that name.
     pub fn ctrl_c(&self) {
-        assert!(Command::new("kill").args(["-INT", &self.child.id().to_string()]).status().unwrap().success());
+        assert!(Command::new("sh").args(["-c", r#"kill -INT "$0""#, &self.child.id().to_string()]).status().unwrap().success());
     }
 
     /// At once, with no chance to write anything.
