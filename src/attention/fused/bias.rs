@@ -13,8 +13,7 @@ pub(super) fn may_be_added(bias: &Tensor, scores: [i64; 4], qkv: &[&Tensor]) -> 
 #[cfg(test)]
 pub(super) mod tests {
     #![allow(clippy::disallowed_methods)]
-    use super::kernel::tests::{doubled, error, layer, SHAPES};
-    use super::kernel::Kernel;
+    use super::kernel::tests::{doubled, error, kernels, layer, SHAPES};
     use tch::{Device, Kind, Tensor};
 
     /// What forbids a key: nothing does so more, what this crate's regions have, and what networks from Python have.
@@ -29,7 +28,7 @@ pub(super) mod tests {
 
     #[test]
     fn biased_outputs_are_those_of_f64() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             for (shape, shares) in SHAPES.into_iter().zip([1, 2, 3, 5, 7].into_iter().cycle()) {
                 let (pictures, heads, queries, keys, _) = shape;
                 let qkv = layer(shape, 1.0);
@@ -63,7 +62,7 @@ pub(super) mod tests {
     /// As the tokens of all labels but one.
     #[test]
     fn forbidden_keys_weigh_nothing() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             let [q, k, v] = layer((1, 2, 200, 400, 24), 1.0);
             // Whole blocks of keys, at either end.
             for ((from, keys), never) in [(0, 3), (37, 100), (256, 144), (399, 1)].into_iter().zip(NEVER.into_iter().cycle()) {
@@ -89,7 +88,7 @@ pub(super) mod tests {
 
     #[test]
     fn what_is_not_a_number_in_a_bias_stays_in_its_row() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             let [q, k, v] = layer((1, 1, 200, 300, 24), 1.0);
             let bias = bias_of([1, 1, 200, 300]);
             let expected = kernel.attend(&q, &k, &v, Some(&bias), 0.2, 1).unwrap();

@@ -85,7 +85,24 @@ pub(super) mod tests {
     #![allow(clippy::disallowed_methods)]
     use super::super::bias::tests::bias_of;
     use super::*;
+    use std::io::Write;
+    use std::sync::Once;
     use tch::{Device, Kind};
+
+    /// All there are here. Without any a test looks at nothing and passes, so which there are is told.
+    pub(in crate::attention::fused) fn kernels() -> impl Iterator<Item = Kernel> {
+        static TOLD: Once = Once::new();
+        let there: Vec<_> = Kernel::all().collect();
+        let known = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        assert_eq!((there.contains(&Kernel { lanes: 8 }), Kernel::best()), (known, there.first().copied()));
+        TOLD.call_once(|| {
+            let [wide, narrow] =
+                [16, 8].map(|lanes| if there.contains(&Kernel { lanes }) { "tested" } else { "skipped, as this processor lacks it" });
+            // Not by `eprintln!`, which is shown for failed tests only.
+            std::io::stderr().write_all(format!("attention by AVX-512: {wide}; by AVX2: {narrow}\n").as_bytes()).unwrap();
+        });
+        there.into_iter()
+    }
 
     /// Pictures, heads, queries, keys, width.
     pub(in crate::attention::fused) type Shape = (i64, i64, i64, i64, i64);
@@ -142,7 +159,7 @@ pub(super) mod tests {
 
     #[test]
     fn outputs_and_gradients_are_those_of_f64() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             // From attention to all keys alike to attention to one of them; by shares that end within heads and without.
             for ((shape, spread), shares) in
                 SHAPES.into_iter().flat_map(|shape| [0.1, 1.0, 4.0].map(|spread| (shape, spread))).zip([1, 2, 3, 5, 7].into_iter().cycle())
@@ -167,7 +184,7 @@ pub(super) mod tests {
 
     #[test]
     fn rows_do_not_depend_on_others() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             let [q, k, v] = layer((1, 1, 512, 300, 48), 1.0);
             let attend = |q: &Tensor, k: &Tensor, v: &Tensor, shares| kernel.attend(q, k, v, None, 0.2, shares).unwrap();
             let whole = attend(&q, &k, &v, 1);
@@ -184,7 +201,7 @@ pub(super) mod tests {
 
     #[test]
     fn only_what_is_wanted_gets_a_gradient() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             let qkv = layer((1, 2, 140, 150, 40), 1.0);
             let every = all(&qkv, |[q, k, v]| kernel.attend(q, k, v, None, 0.2, 3).unwrap());
             for wanted in 0..3 {
@@ -203,7 +220,7 @@ pub(super) mod tests {
 
     #[test]
     fn any_layout_will_do() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             let attend = |[q, k, v]: &[Tensor; 3]| kernel.attend(q, k, v, None, 0.2, 2).unwrap();
             let qkv = layer((2, 3, 150, 140, 24), 1.0);
             let expected = all(&qkv, attend);
@@ -243,7 +260,7 @@ pub(super) mod tests {
         // As arithmetic makes them, as GPUs do, and as nobody does.
         for bits in [0x7fc0_0000_u32, 0xffc0_0000, 0x7fff_ffff, 0xffff_ffff, 0x7fc0_0001, 0x7f80_0001] {
             let nan = Tensor::from_slice(&[f32::from_bits(bits)]);
-            for kernel in Kernel::all() {
+            for kernel in kernels() {
                 let attend = |q: &Tensor, k: &Tensor, v: &Tensor| kernel.attend(q, k, v, None, 0.2, 1).unwrap();
                 let [q, k, v] = layer((1, 1, 200, 300, 24), 1.0);
                 let (expected, followed) = (attend(&q, &k, &v), q.detach().set_requires_grad(true));
@@ -268,7 +285,7 @@ pub(super) mod tests {
 
     #[test]
     fn scores_as_small_as_can_be_weigh_nothing() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             let [_, _, v] = layer((1, 1, 130, 300, 16), 1.0);
             let q = Tensor::ones([1, 1, 130, 16], (Kind::Float, Device::Cpu));
             // The first block of keys and a part of the next.
@@ -286,7 +303,7 @@ pub(super) mod tests {
 
     #[test]
     fn graphs_are_as_of_libtorchs_attention() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             let [q, k, v] = layer((1, 1, 128, 128, 16), 1.0);
             let attend = |q: &Tensor| kernel.attend(q, &k, &v, None, 0.2, 1).unwrap();
             // The output may be written to; with a graph behind it not without the backward pass being refused.
@@ -318,7 +335,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_traced_module_attends_to_what_it_is_given() {
-        let Some(kernel) = Kernel::best() else { return };
+        let Some(kernel) = kernels().next() else { return };
         let [q, k, v] = layer((1, 1, 130, 140, 16), 1.0);
         let inputs = [&q, &k, &v].map(Tensor::shallow_clone);
         let mut attend = |inputs: &[Tensor]| vec![kernel.attend(&inputs[0], &inputs[1], &inputs[2], None, 0.2, 1).unwrap()];
@@ -339,7 +356,7 @@ pub(super) mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        for kernel in Kernel::all() {
+        for kernel in kernels() {
             let [q, k, v] = layer((1, 2, 128, 130, 16), 1.0);
             for (q, k, v) in [
                 (&q, &k, &v.narrow(2, 0, 129)),
