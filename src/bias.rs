@@ -153,3 +153,57 @@ fn by_place(rows: &Tensor, places: &Tensor) -> Result<Tensor> {
     };
     Ok(Tensor::f_stack(&(0..tables).map(pick).collect::<Result<Vec<_>>>()?, 0)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionHook, AttentionSite, Denoiser, LabelMap, Qkv, Style};
+    use tch::Device;
+
+    /// One layer of attention among the pixels.
+    struct Net(Kind);
+
+    impl Denoiser for Net {
+        type Condition = ();
+
+        fn forward(&self, latents: &Tensor, _: f64, (): &(), hook: &mut dyn AttentionHook) -> Result<Tensor> {
+            let (_, _, height, width) = latents.size4()?;
+            let tokens = latents.f_to_kind(self.0)?.f_flatten(2, 3)?.f_transpose(1, 2)?.f_unsqueeze(1)?;
+            let [query, key] = [tokens.f_sin()?, tokens.f_cos()?];
+            hook.attend(&AttentionSite::self_attention(0, (height, width)), Qkv::new(query, key, tokens))
+        }
+    }
+
+    /// libtorch would take one in f32, too, of twice the memory. Of hard maps, of soft ones and of a weight alone.
+    #[test]
+    fn a_bias_has_the_queries_kind() -> Result<()> {
+        tch::set_num_threads(1);
+        let halves = Tensor::f_from_slice(&[1_i64, 2])?.f_view([1, 1, 1, 2])?;
+        let shares = Tensor::f_from_slice(&[0.3_f32, 0.7])?.f_view([1, 2, 1, 1])?;
+        let (hard, soft) = (|| LabelMap::new(&halves), || LabelMap::soft(&shares));
+        for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+            let features = |height, width| {
+                let latents = Tensor::f_linspace(-1, 1, 4 * height * width, (Kind::Float, Device::Cpu))?.f_view([1, 4, height, width])?;
+                Features::extract(&Net(kind), &latents, 1.0, &(), 0..1)
+            };
+            let style = || Ok::<_, crate::Error>(Style::new(features(2, 3)?).with_weight(0.5));
+            let picture = features(4, 5)?;
+            for references in [
+                References::styles([style()?.with_labels(hard()?)]).with_labels(hard()?),
+                References::styles([style()?.with_labels(soft()?)]).with_labels(soft()?),
+                References::styles([style()?, Style::new(features(3, 3)?)]),
+            ] {
+                let Some(mut bias) = Bias::new(&references)? else { panic!("regions and weights have a bias") };
+                for layer in picture.layers() {
+                    let tokens = references.styles.iter().map(|style| style.of.layers().map(|layer| layer.site.tokens()).sum::<i64>()).sum();
+                    let first = bias.of(0, layer)?;
+                    assert_eq!((first.f_kind()?, first.size()), (kind, vec![1, 1, 20, tokens]));
+                    // And of what was kept.
+                    let Some(mut again) = Bias::new(&references)? else { panic!("as before") };
+                    assert_eq!(again.of(0, layer)?.f_kind()?, kind);
+                }
+            }
+        }
+        Ok(())
+    }
+}

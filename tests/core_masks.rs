@@ -442,13 +442,16 @@ fn text_tokens_have_no_label() {
     }
 }
 
+/// Of which kind the bias is, src/bias.rs looks.
 #[test]
-fn the_bias_has_the_networks_kind() {
+fn regions_of_networks_in_half_precision() {
     tch::set_num_threads(1);
     let exact = loss(&Toy::new(Kind::Float), &latents(1, 6, 8), &masked()).unwrap();
     for kind in [Kind::BFloat16, Kind::Half] {
         let (value, gradient) = loss(&Toy::new(kind), &latents(1, 6, 8), &masked()).unwrap();
-        assert!(relative(&value, &exact.0) < 0.03, "{kind:?}: {} and {}", number(&value), number(&exact.0));
+        // Measured .002 in bf16 and .001 in f16; without regions and weights .2.
+        assert!(relative(&value, &exact.0) < 0.01, "{kind:?}: {} and {}", number(&value), number(&exact.0));
+        assert_eq!((value.kind(), gradient.kind()), (Kind::Float, Kind::Float));
         assert!(gradient.isfinite().all().int64_value(&[]) == 1);
     }
 }

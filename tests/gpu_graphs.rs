@@ -172,8 +172,11 @@ fn not_a_number_is_told_at_the_end() {
     run.advance().unwrap();
     run.advance().unwrap();
     run.change(|run| run.references.styles[0].of = run.references.styles[0].of.zeros_like() / 0.0);
-    let error = run.finish().unwrap_err();
-    assert!(matches!(error, Error::NotFinite { step: 3, .. }), "{error}");
+    for step in [3, 4] {
+        assert_eq!(run.advance().unwrap().unwrap().step, step);
+    }
+    let error = run.advance().unwrap_err();
+    assert!(matches!(error, Error::NotFinite { what: "loss or latents", step: 3, .. }), "{error}");
     assert_eq!(run.run().step, 2);
     assert!(bool::try_from(run.run().latents.isfinite().all()).unwrap());
 }
