@@ -3,8 +3,11 @@
 #![cfg(feature = "stable-diffusion")]
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)] // A test may panic.
 
+mod memory;
+
 use attention_distillation::{image, Distiller, FeatureCache, Features, GuidedSampler, Noise, References, Settings, StableDiffusion, Style};
-use std::{fs, io::Write, path::Path};
+use memory::{say, Memory};
+use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 const SIZE: (i64, i64) = (64, 64);
@@ -21,60 +24,6 @@ const RESIDENT: i64 = 4 << 10;
 /// What may be allocated in addition, in KiB. A step that kept nothing but its latents, 8 KiB, would be over it in all.
 const ALLOCATED: i64 = 64;
 
-/// In KiB; none where the system does not tell.
-#[derive(Debug, Clone, Copy)]
-struct Memory {
-    resident: i64,
-    allocated: Option<i64>,
-}
-
-impl Memory {
-    fn now() -> Option<Self> {
-        let text = fs::read_to_string("/proc/self/status").ok()?;
-        let of = |name: &str| -> Option<i64> {
-            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-            line.trim().strip_suffix("kB")?.trim().parse().ok()
-        };
-        // What was swapped out has not been given back.
-        Some(Self { resident: of("VmRSS:")? + of("VmSwap:").unwrap_or(0), allocated: allocated() })
-    }
-
-    fn since(self, before: Self) -> Self {
-        let allocated = self.allocated.zip(before.allocated).map(|(now, before)| now - before);
-        Self { resident: self.resident - before.resident, allocated }
-    }
-}
-
-/// What glibc has handed out, libtorch's tensors included; other C libraries do not tell.
-#[cfg(target_os = "linux")]
-#[allow(unsafe_code)]
-fn allocated() -> Option<i64> {
-    use libloading::os::unix::{Library, Symbol};
-
-    /// glibc's `struct mallinfo2`.
-    #[repr(C)]
-    struct Info {
-        _before: [usize; 4],
-        mapped: usize,
-        _between: [usize; 2],
-        in_use: usize,
-        _after: [usize; 2],
-    }
-
-    let library = Library::this();
-    // SAFETY: the type is that of glibc's function, which may be called at any time.
-    let info = unsafe {
-        let info: Symbol<unsafe extern "C" fn() -> Info> = library.get(b"mallinfo2\0").ok()?;
-        info()
-    };
-    i64::try_from((info.mapped + info.in_use) >> 10).ok()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn allocated() -> Option<i64> {
-    None
-}
-
 /// From the end of the warm-up to the last step.
 fn growth(mut step: impl FnMut()) -> Memory {
     (0..WARM_UP).for_each(|_| step());
@@ -87,11 +36,6 @@ fn growth(mut step: impl FnMut()) -> Memory {
 fn weight(features: &Features) -> i64 {
     let of = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as i64;
     features.layers().map(|layer| [&layer.query, &layer.key, &layer.value, layer.output().unwrap()].map(of).iter().sum::<i64>()).sum::<i64>() >> 10
-}
-
-/// Not by `eprintln!`, which is shown for failed tests only.
-fn say(text: &str) {
-    std::io::stderr().write_all(format!("{text}\n").as_bytes()).unwrap();
 }
 
 #[test]
