@@ -190,31 +190,31 @@ fn the_setting_is_the_models_own() {
     all(&other).iter().zip(&first).for_each(|(ours, theirs)| assert!(ours.equal(theirs)));
 }
 
-/// How much the last column differs from the first, over how much neighbouring ones do inside, at the borders of what the
-/// bundled U-Net's deepest layer sees as one place: there they differ most. To their mean, and to the largest.
-fn seam(picture: &Tensor) -> [f64; 2] {
+/// How much the last column differs from the first, over how much neighbouring ones do inside on average, at the borders of what the
+/// bundled U-Net's deepest layer sees as one place: there they differ most.
+fn seam(picture: &Tensor) -> f64 {
     let steps = (picture - picture.roll(-1, 3)).abs().mean_dim(&[0_i64, 1, 2][..], false, Kind::Float).slice(0, DEEPEST - 1, None, DEEPEST);
     let inside = steps.narrow(0, 0, steps.size()[0] - 1);
-    let seam = steps.double_value(&[-1]);
-    [seam / inside.mean(Kind::Float).double_value(&[]), seam / inside.max().double_value(&[])]
+    steps.double_value(&[-1]) / inside.mean(Kind::Float).double_value(&[])
 }
 
-fn seams(picture: &Tensor) -> [[f64; 2]; 2] {
-    [seam(picture), seam(&picture.transpose(2, 3))]
+/// Of both axes on average.
+fn seams(picture: &Tensor) -> f64 {
+    (seam(picture) + seam(&picture.transpose(2, 3))) / 2.0
 }
 
 /// None where borders meet, and else plain ones: or the former would say nothing.
-fn check_seams(comparison: &mut Comparison, seamless: Seamless, seams: [[f64; 2]; 2]) {
-    for (axis, meets, [average, most]) in [("x", seamless.x(), seams[0]), ("y", seamless.y(), seams[1])] {
-        if !(if meets { average < 1.3 && most < 1.1 } else { average > 2.5 && most > 2.0 }) {
-            comparison.fail(format!("{seamless:?}, {axis}: {average:.2} of the average, {most:.2} of the largest"));
-        }
+fn check_seams(comparison: &mut Comparison, seamless: Seamless, seams: f64) {
+    if !(if seamless == Seamless::Both { seams < 1.3 } else { seams > 2.5 }) {
+        comparison.fail(format!("{seamless:?}: {seams:.2} of the average"));
     }
 }
 
 /// Where copies of it meet, a texture changes as it does inside; the same texture with borders does not, nor one that is
-/// decoded as if it had any. Single lines differ a lot by chance, thus four pictures. Measured: 0.8 to 1.2
-/// times the average with borders that meet, 4.0 to 5.0 without, 1.3 to 1.6 where only the decoder has borders.
+/// decoded as if it had any. Single lines differ a lot by chance, thus four pictures and both axes together. Measured by five seeds: .84 to
+/// 1.15 times the average with borders that meet, 4.4 to 4.9 without, and 1.46 to 1.67 where only the decoder has borders, which is 1.65 to
+/// 1.76 times what the same latents show without. Noise of 1e-6 on the start, which is more than another processor's roundings, moves
+/// these by .02 at most.
 #[test]
 fn a_texture_shows_no_seam() {
     let style = image::load(fixture("../../assets/pictures/style_harvest.png")).unwrap();
@@ -239,21 +239,18 @@ fn a_texture_shows_no_seam() {
     let mut comparison = Comparison::default();
     for seamless in [Seamless::None, Seamless::Both] {
         let [whole, tiled, with_borders] = texture(seamless);
-        println!("{seamless:?}: seam over inside, x and y: whole {whole:.2?}, in tiles {tiled:.2?}, in tiles with borders {with_borders:.2?}");
-        let meets = seamless == Seamless::Both;
+        println!("{seamless:?}: seam over inside: whole {whole:.2}, in tiles {tiled:.2}, in tiles with borders {with_borders:.2}");
         check_seams(&mut comparison, seamless, whole);
         check_seams(&mut comparison, seamless, tiled);
-        for axis in [0, 1] {
-            if meets && with_borders[axis][0] < 1.3 * tiled[axis][0] {
-                comparison.fail(format!("{seamless:?}, axis {axis}: decoding with borders makes none"));
-            }
+        if seamless == Seamless::Both && with_borders < 1.3 * tiled {
+            comparison.fail(format!("decoding with borders makes none: {with_borders:.2} and {tiled:.2}"));
         }
     }
     comparison.finish();
 }
 
-/// The same by optimisation, whose lines differ even more by chance (of four pictures 0.77 and 1.26 times the average, of eight 0.87 and
-/// 1.17), thus twelve. Measured: 0.94 and 1.10 times the average, 5.0 and 7.5 without.
+/// The same by optimisation, whose lines differ even more by chance, thus twelve. Measured by five seeds: .98 to 1.21 times the average
+/// (by this one 1.02), 6.2 to 7.2 without; noise of 1e-6 moves them by less than .01.
 #[test]
 fn an_optimised_texture_shows_no_seam() {
     let style = image::load(fixture("../../assets/pictures/style_harvest.png")).unwrap();
@@ -267,23 +264,23 @@ fn an_optimised_texture_shows_no_seam() {
         let mut run = Distiller::new(model.extractor(size).unwrap(), model.timesteps(12).unwrap(), references, start);
         run.iterations = 2;
         let picture = model.decode(&run.finish().unwrap()).unwrap();
-        println!("{seamless:?}: {:.2?}", seams(&picture));
+        println!("{seamless:?}: {:.2}", seams(&picture));
         check_seams(&mut comparison, seamless, seams(&picture));
     }
     comparison.finish();
 }
 
-/// And expanded by windows, none of which is closed: the canvas is. Where copies meet it changes as where windows end inside.
-/// Measured: 0.7 to 0.9 of the largest change there, 1.5 to 3.1 without; single lines differ a lot by chance.
+/// And expanded by windows, none of which is closed: the canvas is. Where copies meet it changes as where windows end inside, on average: single
+/// lines differ a lot by chance, thus three pictures. Measured, the one over the other: .8 to 1.02 with borders that meet, 1.9 to 3.3
+/// without.
 #[test]
 fn an_expansion_shows_no_seam() {
     let style = image::load(fixture("../../assets/pictures/style_harvest.png")).unwrap();
     let style = image::resize(&style, (64, 64)).unwrap();
     let size = (128, 96);
-    let mut comparison = Comparison::default();
-    for seamless in [Seamless::None, Seamless::X, Seamless::Both] {
+    let expanded = |seamless: Seamless, seed: u64| {
         let mut model = bundled(seamless);
-        let mut noise = Noise::seeded(2);
+        let mut noise = Noise::seeded(seed);
         let start = model.noise(1, size, &mut noise).unwrap();
         let references = References::style(model.encode(&style).unwrap());
         let guidance = model.guidance(&[""], None, 1.0, size).unwrap();
@@ -294,15 +291,22 @@ fn an_expansion_shows_no_seam() {
         drop(run);
         let whole = model.decode(&latents).unwrap();
         model.set_tiling(Tiling::Always(Tiles { size: 16, overlap: 8 })).unwrap();
-        for picture in [whole, model.decode(&latents).unwrap()] {
+        [whole, model.decode(&latents).unwrap()]
+    };
+    let mut comparison = Comparison::default();
+    for seamless in [Seamless::None, Seamless::X, Seamless::Both] {
+        let pictures: Vec<_> = (2..5).map(|seed| expanded(seamless, seed)).collect();
+        for tiled in [0, 1] {
             // Shifted by a stride, a border between views inside is where the picture's borders were.
-            let shifted = |axis: i64, count: i64| (0..count).map(|i| metrics::seam_ratio(&picture.roll(32 * i, axis)).unwrap()).collect::<Vec<_>>();
-            let [x, y] = [shifted(3, 3).iter().map(|ratio| ratio.x).collect::<Vec<_>>(), shifted(2, 4).iter().map(|ratio| ratio.y).collect()];
-            println!("{seamless:?}: x {x:.2?}, y {y:.2?}");
-            for (axis, meets, ratios) in [("x", seamless.x(), x), ("y", seamless.y(), y)] {
-                let most = 1.2 * ratios[1..].iter().copied().fold(0.0, f64::max);
-                if meets != (ratios[0] < most) {
-                    comparison.fail(format!("{seamless:?}, {axis}: {ratios:.2?}"));
+            let lines = |axis: i64, count: i64, of: fn(metrics::SeamRatio) -> f64| -> f64 {
+                let line = |i: i64| pictures.iter().map(|both| of(metrics::seam_ratio(&both[tiled].roll(32 * i, axis)).unwrap())).sum::<f64>();
+                line(0) / ((1..count).map(line).sum::<f64>() / (count - 1) as f64)
+            };
+            let [x, y] = [lines(3, 3, |ratio| ratio.x), lines(2, 4, |ratio| ratio.y)];
+            println!("{seamless:?}, {}: x {x:.2}, y {y:.2}", if tiled == 1 { "in tiles" } else { "whole" });
+            for (axis, meets, over_inside) in [("x", seamless.x(), x), ("y", seamless.y(), y)] {
+                if meets != (over_inside < 1.4) {
+                    comparison.fail(format!("{seamless:?}, {axis}: {over_inside:.2}"));
                 }
             }
         }
@@ -339,8 +343,8 @@ fn windows_of_a_seamless_model_go_around() {
         ("a ring with gradient checkpointing", Seamless::X, Seamless::None, true, &ring),
         ("closed with gradient checkpointing", Seamless::Both, Seamless::None, true, &closed),
     ] {
+        // In f64, as in f32 Adam may make steps of roundings: measured 8e-8 with checkpointing, else nothing; other borders make .01 and more.
         let off = relative(&made(seamless, wrap, checkpointing), wanted);
-        println!("{what}: off by {off:.1e}");
         assert!(off < 1e-6, "{what}: off by {off:.1e}");
     }
     // Around a plain model, windows as long as the canvas begin at two places or more; a seamless model closes them.
