@@ -2,10 +2,13 @@
 #![cfg(feature = "hub")]
 #![allow(clippy::disallowed_methods, missing_docs)] // A test may panic.
 
+mod example;
+
 use attention_distillation::{
     stable_diffusion::hub::{Download, Hub},
     Error, StableDiffusion,
 };
+use example::{texts, Place};
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader, Write},
@@ -533,4 +536,61 @@ fn environment() {
     let cache = tempfile::tempdir().unwrap();
     refused(fetch(&Hub::new().with_cache(cache.path())), &["127.0.0.1:1/"]);
     refused(fetch(&Hub::new().with_cache(cache.path()).with_endpoint("no address")), &["no address"]);
+}
+
+/// Of a login, from a program of its own: the variables are a whole process's. The server refuses it, having seen what it came with.
+#[test]
+fn tokens() {
+    let server = Server::start(model());
+    server.change(|content| content.fault = Fault::Status(404));
+    let place = Place::of("style_transfer");
+    // With this in the variable and that in the file of `hf auth login`: what it says at its end.
+    let asks = |variable: Option<&str>, login: Option<&str>, homes: &[(&str, &str)]| {
+        let home = tempfile::tempdir().unwrap();
+        let mut command = place.command(Path::new(REPO), &["--style", "style.png", "--device", "cpu"]);
+        for name in ["HF_TOKEN", "HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"] {
+            command.env_remove(name);
+        }
+        for (name, folder) in homes {
+            command.env(name, home.path().join(folder));
+        }
+        command.env("HF_ENDPOINT", format!("http://{}", server.address)).env("HOME", home.path());
+        variable.map(|token| command.env("HF_TOKEN", token));
+        if let Some(token) = login {
+            std::fs::create_dir_all(home.path().join("own/huggingface")).unwrap();
+            std::fs::write(home.path().join("own/huggingface/token"), token).unwrap();
+        }
+        let outcome = command.output().unwrap();
+        let (stdout, stderr) = texts(&outcome);
+        assert_eq!((outcome.status.code(), stdout.as_str()), (Some(1), ""), "{stderr}");
+        let secrets = [variable, login].into_iter().flatten().flat_map(str::split_whitespace);
+        secrets.for_each(|secret| assert!(!stderr.contains(secret), "shows the token: {stderr}"));
+        (stderr, server.requests().into_iter().map(|request| request.token).collect::<Vec<_>>())
+    };
+    let home = [("HF_HOME", "own/huggingface")];
+    for (variable, login, homes, wanted) in [
+        (None, Some("hf_login\n"), &home[..], Some("hf_login")),
+        (None, Some("hf_login"), &[("XDG_CACHE_HOME", "own")], Some("hf_login")),
+        // Files elsewhere, and the login where it is.
+        (None, Some("hf_login"), &[home[0], ("HF_HUB_CACHE", "files")], Some("hf_login")),
+        (Some(" \n"), Some("hf_login"), &home, Some("hf_login")),
+        (Some("hf_own"), Some("hf_login"), &home, Some("hf_own")),
+        (None, Some("\n"), &home, None),
+        (None, None, &home, None),
+    ] {
+        let (stderr, tokens) = asks(variable, login, homes);
+        assert!(stderr.contains("no such model"), "{stderr}");
+        assert_eq!(tokens, [wanted.map(|token| format!("Bearer {token}"))], "{variable:?} {login:?} {homes:?}");
+    }
+    // What would be a header of its own, or none at all.
+    for (variable, login) in [
+        (None, Some("hf_login\r\nX-Other: hf_header")),
+        (Some("hf_own hf_other"), Some("hf_login")),
+        (Some("hf_\u{e9}"), None),
+        (None, Some("hf_\u{7f}")),
+    ] {
+        let (stderr, tokens) = asks(variable, login, &home);
+        assert!(stderr.contains(REPO) && stderr.contains("characters that no token has"), "{stderr}");
+        assert!(tokens.is_empty(), "the server was asked");
+    }
 }
