@@ -60,7 +60,8 @@ fn the_same_gradients() {
     }
 }
 
-/// Half precisions round what is summed up in another order, f16's small gradients are scaled on both ways.
+/// Half precisions round what is summed up in another order, f16's small gradients are scaled on both ways. Measured 1.6e-3 and 9.3e-3, where
+/// either way is 2.4e-2 and 7.2e-2 from f32's; the last of the six layers left out makes .17.
 #[test]
 fn the_same_gradients_in_half_precisions() {
     for (kind, bound) in [(Kind::Half, 1e-2), (Kind::BFloat16, 5e-2)] {
@@ -132,6 +133,7 @@ fn a_guided_sampling_ends_in_the_same_picture() {
         model.decode(&run.finish().unwrap()).unwrap()
     });
     let levels = (&pictures[0] - &pictures[1]).abs().mean(Kind::Float).double_value(&[]) * 255.0;
+    // Measured 4e-5; the first of the six layers left out makes 4, descents left out 31.
     assert!(levels < 0.5, "{levels} grey levels on average");
 }
 

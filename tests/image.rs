@@ -505,7 +505,7 @@ fn a_header_that_claims_too_much_is_refused_at_once() {
         unreadable(&write(folder.path(), "nothing.png", &claiming(width, height, 8, 2)));
     }
     // Nobody decodes, or writes, gigabytes for a file of a hundred bytes.
-    assert!(begin.elapsed().as_secs() < 10, "{:?}", begin.elapsed());
+    assert!(begin.elapsed().as_secs() < 30, "{:?}", begin.elapsed());
 }
 
 #[test]

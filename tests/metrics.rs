@@ -109,10 +109,11 @@ fn by_seed() {
         let (other_patches, other_colours) = of(seed, 147);
         println!("{patches} {other_patches}, {colours} {other_colours}");
         assert!(other_patches != patches && other_colours != colours);
-        close(other_patches / patches, 1.0, 0.03);
-        close(other_colours / colours, 1.0, 0.03);
+        // By forty seeds patches are within .2 % and colours within .5 %: a whole basis leaves little to chance. Fewer directions show what does.
+        close(other_patches / patches, 1.0, 0.01);
+        close(other_colours / colours, 1.0, 0.01);
     }
-    // More directions than a basis has, and fewer.
+    // More directions than a basis has, and fewer: by forty seeds within 3.4 %, and within 23 %. By this one 3 % less and 11 % less.
     close(of(4, 200).0 / patches, 1.0, 0.05);
     close(of(4, 49).0 / patches, 1.0, 0.2);
 }
@@ -404,13 +405,14 @@ fn psnr_of_known_errors() {
 #[test]
 fn known_seams() {
     let ratio = |picture: &Tensor| seam_ratio(picture).map(|ratio| (ratio.x, ratio.y)).unwrap();
-    // Whole periods.
+    // Whole periods; of one column less it is 1.7.
     let (x, y) = ratio(&stripes(64, 1.0, 1.0, 8.0));
-    close(x, 1.0, 0.05);
-    close(y, 1.0, 0.05);
+    close(x, 1.0, 1e-4);
+    close(y, 1.0, 1e-4);
+    // Of 128 pixels with a spread of their own: by sixty seeds .92 to 1.08, by this one 1.00 and 1.04.
     let (x, y) = ratio(&noise(128, 128, 0.1, 1));
-    close(x, 1.0, 0.15);
-    close(y, 1.0, 0.15);
+    close(x, 1.0, 0.1);
+    close(y, 1.0, 0.1);
     // A ramp falls back by all its steps at once, and does not change across.
     let (rows, columns) = grid(20, 33);
     let ramp = |ramp: Tensor| (ramp / 40.0).expand([1, 3, 20, 33], false);
