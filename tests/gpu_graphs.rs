@@ -94,8 +94,10 @@ enum Task {
     /// Over a canvas of twice the width, whose last batch of views is smaller.
     Windows,
     /// With prompt and negative in one pass, two styles of the content's size, one of which counts half, and the content: a bias by weights, and
-    /// references that share passes.
+    /// references that share passes. The bundled model has one text for all, so that guidance by it is none.
     Guided,
+    /// The same of a network that reads texts, with two of them.
+    Prompts,
     /// Towards a style of the same labels.
     Regions,
 }
@@ -111,11 +113,12 @@ fn sampling(model: &StableDiffusion, steps: usize, task: Task) -> GuidedSampler<
     let condition = || model.prompts(&[""], (64, 64)).unwrap();
     let guidance = match task {
         Task::Guided => Guidance::new(condition(), condition(), 7.5).unwrap(),
+        Task::Prompts => model.guidance(&["a house by the sea"], Some("a red square"), 7.5, (64, 64)).unwrap(),
         _ => Guidance::none(condition()),
     };
     let references = match task {
         Task::Plain | Task::Windows => References::styles([style()]),
-        Task::Guided => {
+        Task::Guided | Task::Prompts => {
             let styles = [style(), Style::new(latents("style_cafe_terrace.png")).with_weight(0.5)];
             References::styles(styles).with_content(latents("content_astronaut.png"))
         }
@@ -126,7 +129,7 @@ fn sampling(model: &StableDiffusion, steps: usize, task: Task) -> GuidedSampler<
     };
     let mut run = GuidedSampler::new(model.extractor((64, 64)).unwrap(), model.ddim(steps).unwrap(), guidance, references, start, noise);
     (run.iterations, run.adain, run.optimizer.config.learning_rate) = (2, true, 0.015);
-    if task == Task::Guided {
+    if matches!(task, Task::Guided | Task::Prompts) {
         run.loss = run.loss.plus(0.2, ContentLoss);
     }
     if task == Task::Windows {
@@ -140,9 +143,12 @@ fn sampling(model: &StableDiffusion, steps: usize, task: Task) -> GuidedSampler<
 #[test]
 fn guided_sampling_by_graphs_ends_in_the_same_picture() {
     let Some((_alone, device)) = gpu("guided_sampling_by_graphs_ends_in_the_same_picture") else { return };
-    let cases = [(Kind::Float, Task::Plain), (Kind::Float, Task::Windows), (Kind::Float, Task::Guided), (Kind::Float, Task::Regions)];
-    for (kind, task) in cases.into_iter().chain([(Kind::BFloat16, Task::Guided), (Kind::Half, Task::Windows)]) {
-        let model = model(device, kind);
+    let in_f32 = [Task::Plain, Task::Windows, Task::Guided, Task::Prompts, Task::Regions].map(|task| (Kind::Float, task));
+    for (kind, task) in in_f32.into_iter().chain([(Kind::BFloat16, Task::Guided), (Kind::Half, Task::Windows)]) {
+        let model = match task {
+            Task::Prompts => StableDiffusion::open(folder("tests/fixtures/sd15"), device, kind).unwrap(),
+            _ => model(device, kind),
+        };
         let eager = |noise: f64| {
             let mut run = sampling(&model, 8, task);
             run.latents = &run.latents + run.latents.sin() * noise;
@@ -154,7 +160,8 @@ fn guided_sampling_by_graphs_ends_in_the_same_picture() {
         let others: Vec<_> = (0..200).map(|i| Tensor::ones([i + 1, 4, 8, 8], (Kind::Float, device))).collect();
         let ours = model.decode(&graphed.finish().unwrap()).unwrap();
         // On a CPU, in f32, plain and in windows: roundings come to 0.001 grey levels at most; references, latents or timesteps of the capture
-        // in any of the graphs to 5.9 to 16, half the iterations to 2.7 and 4.0, an Adam that is not fresh to 3.1 and 4.9.
+        // in any of the graphs to 5.9 to 16, half the iterations to 2.7 and 4.0, an Adam that is not fresh to 3.1 and 4.9; of two prompts roundings to
+        // 0.001, either of them alone to 32 and 34, one for the other to 38.
         let (theirs, other) = (eager(0.0), eager(1e-6));
         let (found, rounding) = (levels(&ours, &theirs), levels(&other, &theirs));
         println!("{kind:?}, {task:?}: {found} grey levels, roundings {rounding}");
