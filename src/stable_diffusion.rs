@@ -156,8 +156,8 @@ impl StableDiffusion {
 
     /// Whether optimisation and guided sampling keep only the inputs of the U-Net's layers for the backward pass, and
     /// compute the rest anew (gradient checkpointing): much less memory, for one forward pass more in each iteration. Off
-    /// by default. [`fit`](Self::fit), [`noise`](Self::noise) and [`check_windows`](Self::check_windows) ask for a fifth of the memory then, which is
-    /// also what plain sampling, without descents, takes.
+    /// by default. [`fit`](Self::fit), [`noise`](Self::noise) and [`check_windows`](Self::check_windows) ask for some third of the memory then, which
+    /// also does for plain sampling, without descents.
     pub fn set_gradient_checkpointing(&mut self, on: bool) {
         self.checkpointing = on;
     }
