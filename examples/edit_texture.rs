@@ -47,7 +47,10 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
 
     let model = common::open_without_text(shared)?;
-    let settings = shared.over(model.settings(TASK))?;
+    let mut own = model.settings(TASK);
+    // Smoothing keeps the borders of what was pasted, which an edit is to melt.
+    own.smoothing = 0.0;
+    let settings = shared.over(own)?;
     let size = common::output_size(&model, shared, &settings, Some(&layout))?;
     let layout = image::resize(&layout, size)?;
     let styles = common::scaled_to_area(&model, &styles, size)?;

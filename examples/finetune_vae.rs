@@ -96,11 +96,12 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
 }
 
 impl Flags {
-    /// Whether the model would keep the autoencoder that it has, which one that knows a single picture is no substitute for.
+    /// Whether a model would keep the autoencoder that it has, which one that knows a single picture is no substitute for.
     fn check_model_stays(&self) -> Result<()> {
-        let own = Path::new(&self.model).join("vae").canonicalize();
-        if own.is_ok_and(|own| self.output.canonicalize().is_ok_and(|output| output == own)) {
-            let reason = "is the model's own autoencoder, which would be lost; name another folder, and give that to --vae".into();
+        // The folder of a model, be it the one that is read or another.
+        let of_model = |folder: &Path| folder.parent().is_some_and(|model| model.join("model_index.json").exists() || model.join("unet").is_dir());
+        if self.output.canonicalize().is_ok_and(|output| output.join("config.json").exists() && of_model(&output)) {
+            let reason = "is a model's own autoencoder, which would be lost; name another folder, and give that to --vae".into();
             return Err(Error::Config { path: self.output.clone(), reason });
         }
         Ok(())

@@ -44,7 +44,7 @@ enum Colours {
     Style,
     /// The content's: the styles are given its mean and covariance of colours first
     Content,
-    /// The content's in their very places: the result keeps its luminance alone
+    /// The content's in their very places: the result keeps its luminance alone (previews and drafts are not yet so)
     InPlace,
 }
 
@@ -87,7 +87,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         (Method::Optimise, Some((small, strength))) => transfer.coarse_to_fine(&inputs, &small, strength)?,
     };
     let result = match &inputs.content {
-        Some(content) if flags.colours == Colours::InPlace => image::match_luminance(content, &result)?,
+        Some(content) if flags.colours == Colours::InPlace => image::match_chroma(&result, content)?,
         _ => result,
     };
     common::save(&result, &files)?;

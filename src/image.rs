@@ -10,7 +10,7 @@ mod file;
 mod jpeg;
 
 pub use array::{from_array, from_rgb8, to_array, to_rgb8};
-pub use colours::{match_colours, match_luminance};
+pub use colours::{match_chroma, match_colours};
 #[cfg(feature = "stable-diffusion")]
 pub use edges::{canny, CANNY_HIGH, CANNY_LOW};
 pub use file::{check_writable, load, save};

@@ -156,7 +156,7 @@ impl StableDiffusion {
 
     /// Whether optimisation and guided sampling keep only the inputs of the U-Net's layers for the backward pass, and
     /// compute the rest anew (gradient checkpointing): much less memory, for one forward pass more in each iteration. Off
-    /// by default. [`fit`](Self::fit), [`noise`](Self::noise) and [`check_windows`](Self::check_windows) ask for some third of the memory then, which
+    /// by default. [`fit`](Self::fit), [`noise`](Self::noise) and [`check_windows`](Self::check_windows) ask for a third of the memory then, which
     /// also does for plain sampling, without descents.
     pub fn set_gradient_checkpointing(&mut self, on: bool) {
         self.checkpointing = on;

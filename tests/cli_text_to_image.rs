@@ -99,7 +99,7 @@ fn flags_of_guided_sampling_have_their_effect() {
         ("layers", false, &["--layers", "0..3"]),
         ("adain", false, &["--no-adain"]),
         ("styles", false, &["--style", "other.png"]),
-        ("content", false, &["--content", "content.png"]),
+        ("with_content", false, &["--content", "content.png"]),
     ];
     compare(&place(), &fixture("sd15"), &flags, &cases);
 }
@@ -356,7 +356,7 @@ fn controls_of_sdxl() {
     place.picture("control.png", 32, 32, 5);
     let net = fixture("controlnet_sdxl");
     let control = ["--control", "control.png", "--controlnet", net.to_str().unwrap()];
-    compare(&place, &fixture("sdxl"), &[&FOX[..], &STYLE].concat(), &[("control", false, &control)]);
+    compare(&place, &fixture("sdxl"), &[&FOX[..], &STYLE].concat(), &[("controlled", false, &control)]);
 }
 
 // ---- what it refuses

@@ -297,7 +297,7 @@ fn edits() {
         ("little", false, &["--strength", "0.25"]),
         ("all", false, &["--strength", "1"]),
         ("content_weight", false, &["--content-weight", "0"]),
-        ("style", false, &["--style", "other.png"]),
+        ("of_another_style", false, &["--style", "other.png"]),
         ("iterations", false, &["--iterations", "1"]),
     ];
     compare(&place, &EDIT, &cases);
@@ -330,7 +330,7 @@ fn expansions() {
         ("stride", false, &["--stride", "2"]),
         // One window is larger than the canvas.
         ("window", false, &["--window", "64"]),
-        ("style", false, &["--style", "other.png"]),
+        ("of_another_style", false, &["--style", "other.png"]),
         ("iterations", false, &["--iterations", "1"]),
     ];
     // A flag takes one value, so those that change are left out of the others.

@@ -198,15 +198,17 @@ fn seam(picture: &Tensor) -> f64 {
     steps.double_value(&[-1]) / inside.mean(Kind::Float).double_value(&[])
 }
 
-/// Of both axes on average.
-fn seams(picture: &Tensor) -> f64 {
-    (seam(picture) + seam(&picture.transpose(2, 3))) / 2.0
+fn seams(picture: &Tensor) -> [f64; 2] {
+    [seam(picture), seam(&picture.transpose(2, 3))]
 }
 
-/// None where borders meet, and else plain ones: or the former would say nothing.
-fn check_seams(comparison: &mut Comparison, seamless: Seamless, seams: f64) {
-    if !(if seamless == Seamless::Both { seams < 1.3 } else { seams > 2.5 }) {
-        comparison.fail(format!("{seamless:?}: {seams:.2} of the average"));
+/// None where borders meet, and else plain ones, `plain` times the average: or the former would say nothing. Of both axes on average, and
+/// roughly of each.
+fn check_seams(comparison: &mut Comparison, seamless: Seamless, seams: [f64; 2], plain: f64) {
+    let average = (seams[0] + seams[1]) / 2.0;
+    let all = |holds: fn(f64) -> bool| seams.iter().all(|&seam| holds(seam));
+    if !(if seamless == Seamless::Both { average < 1.3 && all(|seam| seam < 2.0) } else { average > plain && all(|seam| seam > 2.5) }) {
+        comparison.fail(format!("{seamless:?}: {seams:.2?} of the average"));
     }
 }
 
@@ -239,11 +241,11 @@ fn a_texture_shows_no_seam() {
     let mut comparison = Comparison::default();
     for seamless in [Seamless::None, Seamless::Both] {
         let [whole, tiled, with_borders] = texture(seamless);
-        println!("{seamless:?}: seam over inside: whole {whole:.2}, in tiles {tiled:.2}, in tiles with borders {with_borders:.2}");
-        check_seams(&mut comparison, seamless, whole);
-        check_seams(&mut comparison, seamless, tiled);
-        if seamless == Seamless::Both && with_borders < 1.3 * tiled {
-            comparison.fail(format!("decoding with borders makes none: {with_borders:.2} and {tiled:.2}"));
+        println!("{seamless:?}: seam over inside: whole {whole:.2?}, in tiles {tiled:.2?}, in tiles with borders {with_borders:.2?}");
+        check_seams(&mut comparison, seamless, whole, 3.8);
+        check_seams(&mut comparison, seamless, tiled, 3.8);
+        if seamless == Seamless::Both && with_borders[0] + with_borders[1] < 1.3 * (tiled[0] + tiled[1]) {
+            comparison.fail(format!("decoding with borders makes none: {with_borders:.2?} and {tiled:.2?}"));
         }
     }
     comparison.finish();
@@ -264,8 +266,8 @@ fn an_optimised_texture_shows_no_seam() {
         let mut run = Distiller::new(model.extractor(size).unwrap(), model.timesteps(12).unwrap(), references, start);
         run.iterations = 2;
         let picture = model.decode(&run.finish().unwrap()).unwrap();
-        println!("{seamless:?}: {:.2}", seams(&picture));
-        check_seams(&mut comparison, seamless, seams(&picture));
+        println!("{seamless:?}: {:.2?}", seams(&picture));
+        check_seams(&mut comparison, seamless, seams(&picture), 5.5);
     }
     comparison.finish();
 }

@@ -433,7 +433,10 @@ fn the_program_refuses() {
     let vae = copy.path("vae");
     let before = copy.read(model_copy::VAE);
     for output in [vae.clone(), copy.path("unet/../vae")] {
-        place.refused_with(copy.folder(), &["--image", "style.png", "--output", output.to_str().unwrap()], &["vae", "model's own", "--vae"]);
+        let flags = ["--image", "style.png", "--output", output.to_str().unwrap()];
+        place.refused_with(copy.folder(), &flags, &["vae", "model's own", "--vae"]);
+        // Another model's likewise.
+        place.refused(&[&flags[..], &["--vae", vae.to_str().unwrap()]].concat(), &["vae", "model's own"]);
     }
     assert_eq!(copy.read(model_copy::VAE), before);
     place.misused(&["--output", "tuned"], &["--image"]);

@@ -38,7 +38,7 @@ pub fn say(line: impl Display) {
 }
 
 const NO_MEMORY: &str =
-    "; there is not enough memory: use a smaller --size, --low-memory, or fewer pictures at once (--batch, --count, --view-batch)";
+    "; there is not enough memory: use a smaller --size, or those of --low-memory, --batch, --count and --view-batch that --help names";
 
 /// Ends an example: the last lines on stdout are the paths that it wrote; an error is one line on stderr and status 1.
 pub fn report(outcome: Result<Vec<PathBuf>>) -> ExitCode {
@@ -88,14 +88,20 @@ pub fn check_outputs<'p>(shared: &Shared, files: &[PathBuf], inputs: impl IntoIt
 /// Whether no output would take the place of a picture that is read.
 pub fn check_inputs_stay<'o, 'i>(outputs: impl Iterator<Item = &'o PathBuf> + Clone, inputs: impl IntoIterator<Item = &'i PathBuf>) -> Result<()> {
     for input in inputs {
-        // By its own name, or a link's: what is written takes the place of a link and leaves what that stands for.
-        let same = |output: &&PathBuf| place(output) == place(input) || input.canonicalize().is_ok_and(|file| place(output) == place(&file));
+        let same = |output: &&PathBuf| place(output) == place(input) || input.canonicalize().is_ok_and(|file| is_at(output, &file));
         if let Some(output) = outputs.clone().find(same) {
             let reason = "is read by this run, and what it writes would take its place; give --output or --sheet another name".into();
             return Err(Error::Image { path: output.clone(), reason });
         }
     }
     Ok(())
+}
+
+/// Whether what is written there takes the place of this file. Not where it is a link to it: the link is what is then replaced.
+fn is_at(output: &Path, file: &Path) -> bool {
+    // Names that differ may be one to the file system, as by their case.
+    let itself = |output: &Path| output.symlink_metadata().is_ok_and(|found| !found.is_symlink());
+    place(output) == place(file) || itself(output) && output.canonicalize().is_ok_and(|output| output == file)
 }
 
 /// A file's name in a folder that exists, by whatever path.

@@ -23,7 +23,7 @@ pub(crate) fn scaled_dot_product(q: &Tensor, k: &Tensor, v: &Tensor, mask: Optio
         return output;
     }
     if let Some(mask) = mask.filter(|_| q.device().is_cuda()) {
-        return in_rows(q, k, v, mask, scale, (MOST_SCORES / keys.saturating_add(16)).max(1));
+        return in_rows(q, k, v, mask, scale, rows_at_once(mask, keys));
     }
     let followed = [q, k, v].iter().any(|x| x.requires_grad());
     let alike = [k, v].iter().all(|x| x.size().get(..2) == Some([batch, heads].as_slice()));
@@ -55,21 +55,27 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, scale: Optio
     Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, false, scale, false)?)
 }
 
+/// Of a mask on a GPU: its rows are as far apart as they lie in it, or as libtorch lays them anew.
+fn rows_at_once(mask: &Tensor, keys: i64) -> i64 {
+    let apart = mask.stride().iter().rev().nth(1).copied().unwrap_or(0).max(keys.saturating_add(16));
+    (MOST_SCORES / apart).max(1)
+}
+
 /// So many queries at a time, with the rows of the mask that are theirs: queries do not see one another.
 fn in_rows(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor, scale: Option<f64>, most: i64) -> Result<Tensor> {
     let queries = q.size4()?.2;
-    if queries <= most {
+    let rows = mask.size().iter().rev().nth(1).copied();
+    // One row is every query's; what has neither so few nor so many is for libtorch to refuse.
+    let (one, fits) = (rows == Some(1), rows == Some(1) || rows == Some(queries));
+    if queries <= most || !fits {
         return plain(q, k, v, Some(mask), scale);
     }
-    // A mask of one row is every query's.
-    let size = mask.size();
-    let rows = size.len().checked_sub(2).filter(|&rows| size.get(rows) == Some(&queries)).and_then(|rows| i64::try_from(rows).ok());
     let mut outputs = vec![];
     let mut start = 0;
     while start < queries {
         let count = most.min(queries - start);
-        let own = rows.map(|rows| mask.f_narrow(rows, start, count)).transpose()?;
-        outputs.push(plain(&q.f_narrow(2, start, count)?, k, v, Some(own.as_ref().unwrap_or(mask)), scale)?);
+        let own = if one { mask.shallow_clone() } else { mask.f_narrow(-2, start, count)? };
+        outputs.push(plain(&q.f_narrow(2, start, count)?, k, v, Some(&own), scale)?);
         start += count;
     }
     Ok(Tensor::f_cat(&outputs, 2)?)
@@ -162,6 +168,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn rows_of_masks_on_a_gpu() {
+        let mask = Tensor::empty([1], (Kind::Half, Device::Cpu)).expand([1, 1, 70_000, 65_600], false);
+        assert_eq!(rows_at_once(&mask, 65_600), 32_728);
+        // A part of a wider mask keeps the distance of its rows.
+        let wide = Tensor::empty([3, 640], (Kind::Half, Device::Cpu)).narrow(1, 0, 16);
+        assert_eq!(rows_at_once(&wide, 16), (1 << 31) / 640);
+        assert_eq!(rows_at_once(&mask, i64::MAX), 1);
     }
 
     #[test]

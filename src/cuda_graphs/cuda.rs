@@ -18,7 +18,8 @@ const WARM_UPS: usize = 3;
 /// share their memory, which stays theirs until the last of them is dropped; they are repeated one after the other, on whatever streams.
 ///
 /// Threads may each have a recorder on one GPU. While one of them captures, libtorch refuses to draw random numbers on that GPU for the others
-/// (`Tensor::randn` there, dropout), by an error; [`Noise`](crate::Noise) draws on the CPU.
+/// (`Tensor::randn` there, dropout), by an error; [`Noise`](crate::Noise) draws on the CPU. A network or loss that draws on the GPU itself is to be
+/// captured by one thread at a time.
 #[derive(Debug)]
 pub struct CudaGraphs {
     shim: &'static Shim,

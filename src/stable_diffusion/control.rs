@@ -123,8 +123,7 @@ pub(crate) fn check_strength(strength: f64) -> Result<()> {
 
 fn unknown(net: usize, nets: &[Option<ControlNet>]) -> Error {
     let count = nets.iter().flatten().count();
-    let reason = format!("is by ControlNet {net}, which is not in the model: it has {count}, by the numbers that `add_controlnet` returned");
-    Error::argument("control", reason)
+    Error::argument("ControlNet", format!("ControlNet {net} is not in the model: it has {count}, by the numbers that `add_controlnet` returned"))
 }
 
 impl Guidance<Condition> {

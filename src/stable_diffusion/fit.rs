@@ -11,7 +11,7 @@ const ACTIVATIONS: i64 = 300;
 
 /// With gradient checkpointing: the layers' inputs, and at most, as gradients go through a layer, that one's own activations. Measured on the
 /// bundled model at 512 px, 1.2 kB per pixel; between the passes a fifth of what is held without.
-const CHECKPOINTED: i64 = 110;
+const CHECKPOINTED: i64 = 100;
 
 /// An expansion's canvas as latents (the sum of views and the steps before), and the picture while its tiles are joined and
 /// written, in f32 numbers per pixel. Measured on the bundled model, 10 from 1024x512 to 4096x512 pixels.

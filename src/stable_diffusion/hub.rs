@@ -97,7 +97,7 @@ impl Hub {
     ///
     /// # Errors
     /// [`Error::Hub`] for a name that no repository can have, one that is not there, is gated, is no model that
-    /// [`StableDiffusion::open`](crate::StableDiffusion::open) could read, and for failures of network and disk. What has
+    /// [`StableDiffusion::open`](crate::StableDiffusion::open) could read, for failures of network and disk, and offline for one that is not cached whole. What has
     /// arrived until then is kept: the next call goes on from there.
     pub fn fetch(&self, repo: &str, progress: &mut dyn FnMut(&Download)) -> Result<PathBuf> {
         self.snapshot(repo, progress).map_err(|reason| Error::Hub { repo: repo.to_owned(), reason })
@@ -112,15 +112,15 @@ impl Hub {
             return Err(format!("`{revision}` is not the name of a branch, tag or commit"));
         }
         let cache = self.cache.clone().or_else(|| cache(variable)).ok_or("there is no home folder to keep it in; set HF_HOME")?;
-        let (api, cache) = (self.api(&cache)?, Cache::new(cache));
         let at = |revision: &str| Repo::with_revision(name.to_owned(), RepoType::Model, revision.to_owned());
-        let folder = cache.path().join(at(revision).folder_name());
+        let folder = cache.join(at(revision).folder_name());
         if self.offline.unwrap_or_else(|| std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_yes(&value))) {
             let lacks =
                 |lacks: Option<String>| lacks.map_or_else(|| "is not cached".into(), |lacks| format!("the cached copy is incomplete: {lacks}"));
             let advice = "and nobody is asked (HF_HUB_OFFLINE, or `Hub::with_offline`); fetch it once without that";
             return cached(&folder, revision, self.half).map_err(|reason| format!("{}, {advice}", lacks(reason)));
         }
+        let (api, cache) = (self.api(&cache)?, Cache::new(cache));
         let listing = match Listing::of(&api.repo(at(revision))) {
             Ok(listing) => listing,
             Err(reason) => match cached(&folder, revision, self.half) {
