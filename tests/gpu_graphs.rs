@@ -233,6 +233,29 @@ fn used() -> Option<i64> {
     String::from_utf8(output.stdout).ok()?.lines().next()?.trim().parse().ok()
 }
 
+/// Each with a model and recorders of its own: one captures while another is at work, and while another drops what it had.
+#[test]
+fn two_threads_have_graphs_at_once() {
+    let Some((_alone, device)) = gpu("two_threads_have_graphs_at_once") else { return };
+    let wanted = model(device, Kind::Float).decode(&transfer(&model(device, Kind::Float), 4).finish().unwrap()).unwrap();
+    let wanted = wanted.to_device(Device::Cpu);
+    let runs = move || {
+        tch::set_num_threads(1);
+        let model = model(device, Kind::Float);
+        let mut pictures = vec![];
+        for _ in 0..4 {
+            let latents = transfer(&model, 4).with_graphs(CudaGraphs::new().unwrap()).finish().unwrap();
+            pictures.push(model.decode(&latents).unwrap().to_device(Device::Cpu));
+        }
+        pictures
+    };
+    let threads = [std::thread::spawn(runs), std::thread::spawn(runs)];
+    for picture in threads.into_iter().flat_map(|thread| thread.join().unwrap()) {
+        let found = levels(&picture, &wanted);
+        assert!(found < 1.0, "{found} grey levels");
+    }
+}
+
 #[test]
 fn repetitions_take_no_memory() {
     let Some((_alone, device)) = gpu("repetitions_take_no_memory") else { return };
