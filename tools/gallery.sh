@@ -40,7 +40,7 @@ judge style_transfer --style "$harvest" --content "$astronaut"
 draw text_to_image text_to_image --style "$harvest"
 judge text_to_image --style "$harvest"
 
-draw sampling style_transfer --method sample --content "$astronaut" --style "$harvest" --size 256x256 --content-weight 0.5
+draw sampling style_transfer --method sample --content "$astronaut" --style "$harvest" --size 256x256 --content-weight 0.35
 judge sampling --style "$harvest" --content "$astronaut"
 
 draw colours style_transfer --colours content --content "$pictures/content_chelsea.png" --style "$harvest" --size 256x256
