@@ -57,7 +57,7 @@
 //! | several styles: their `K`, `V` joined along the tokens | [`References::styles`] |
 //! | regions: tokens attend to style tokens of their label; soft maps, weights of styles: `softmax(Q Ks^T / sqrt d + ln c) Vs` | [`LabelMap`], [`References::with_labels`], [`Style`] |
 //! | controlled textures: regions filled with pixels of the source | [`fill`] |
-//! | `L_content = sum_l abs(Q - sg(Qc))` | [`ContentLoss`] |
+//! | `L_content = sum_l abs(Q - sg(Qc))` | [`ContentLoss`]; others that the authors tried are [`AttentionMapLoss`] and [`ContentValueLoss`] |
 //! | `L = L_AD + beta L_content` | [`TotalLoss`], [`Distiller::style_transfer`] |
 //! | `z <- Adam(z, dL/dz)` | [`FeatureExtractor::descend`], [`Adam`] |
 //! | plain gradient steps (Fig. 12) | [`GradientDescent`] |
@@ -165,7 +165,7 @@ pub use features::{FeatureRecorder, Features, LayerFeatures};
 pub use fill::fill;
 pub use guided_sampler::GuidedSampler;
 pub use injection::KeyValueInjection;
-pub use loss::{AdLoss, ContentLoss, Loss, TotalLoss};
+pub use loss::{AdLoss, AttentionMapLoss, ContentLoss, ContentValueLoss, Loss, TotalLoss};
 pub use mask::LabelMap;
 pub use memory::keep_freed_memory;
 pub use noise::Noise;

@@ -1,5 +1,9 @@
 //! The paper's losses: AD loss, content loss, and their weighted sum.
 
+mod layout;
+
+pub use layout::{AttentionMapLoss, ContentValueLoss};
+
 use crate::scalar::WithNumber;
 use crate::smoothing::{check_smoothing, smoothed};
 use crate::{attention::scaled_dot_product, bias::Bias, Error, Features, LayerFeatures, References, Result};
