@@ -236,13 +236,13 @@ impl StableDiffusion {
     pub fn encode(&self, picture: &Tensor) -> Result<Tensor> {
         self.vae.check_picture(picture)?;
         tch::no_grad(|| image::check_values(picture))?;
-        let tiles = self.tiling.tiles(image::size(picture)?);
+        let size = image::size(picture)?;
         let encode = |picture: &Tensor| {
             let pixels = picture.f_to_device(self.device)?.f_to_kind(Kind::Float)?.times(2.0)?.plus(-1.0)?;
-            match tiles {
+            self.tiling.through(size, |tiles| match tiles {
                 Some(tiles) => self.vae.encode_tiled(&pixels, tiles),
                 None => self.vae.encode(&pixels),
-            }
+            })
         };
         self.give_back();
         tch::no_grad(|| one_by_one(picture, encode))
@@ -260,13 +260,12 @@ impl StableDiffusion {
             // The autoencoder says what is wrong.
             _ => (1, 1),
         };
-        let tiles = self.tiling.tiles(size);
         let decode = |latents: &Tensor| {
             let latents = latents.f_to_device(self.device)?;
-            let pixels = match tiles {
-                Some(tiles) => self.vae.decode_tiled(&latents, tiles)?,
-                None => self.vae.decode(&latents)?,
-            };
+            let pixels = self.tiling.through(size, |tiles| match tiles {
+                Some(tiles) => self.vae.decode_tiled(&latents, tiles),
+                None => self.vae.decode(&latents),
+            })?;
             pixels.over(2.0)?.plus(0.5)?.within(0.0, 1.0)
         };
         self.give_back();

@@ -33,7 +33,8 @@ impl Default for Tiles {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Tiling {
-    /// Pictures of more than 1536 x 1536 pixels, of any aspect ratio, into the default [`Tiles`].
+    /// Pictures of more than 1536 x 1536 pixels, of any aspect ratio, into the default [`Tiles`]; and those that memory does not suffice for as a
+    /// whole, into these or smaller ones, of which `tracing` warns: a long run is not lost for the want of memory at its end.
     #[default]
     Auto,
     /// Never.
@@ -60,7 +61,30 @@ impl Tiling {
             Self::Always(tiles) => Some(tiles),
         }
     }
+
+    /// What `network` makes of a picture of `(height, width)` pixels, whole or in tiles.
+    pub(in crate::stable_diffusion) fn through<T>(self, size: (i64, i64), network: impl Fn(Option<Tiles>) -> Result<T>) -> Result<T> {
+        let first = network(self.tiles(size));
+        let lacks = |outcome: &Result<T>| outcome.as_ref().is_err_and(Error::is_out_of_memory);
+        if self != Self::Auto || !lacks(&first) {
+            return first;
+        }
+        for tiles in IN_LESS_MEMORY.into_iter().filter(|&tiles| self.tiles(size) != Some(tiles)) {
+            tracing::warn!(
+                tile = tiles.size,
+                "there is not enough memory for the autoencoder; the picture goes through it in tiles of so many latents"
+            );
+            let outcome = network(Some(tiles));
+            if !lacks(&outcome) {
+                return outcome;
+            }
+        }
+        first
+    }
 }
+
+/// Tried one after the other where memory lacks.
+const IN_LESS_MEMORY: [Tiles; 2] = [Tiles { size: 128, overlap: 32 }, Tiles { size: 64, overlap: 32 }];
 
 impl Tiles {
     /// # Errors
@@ -272,5 +296,39 @@ mod tests {
         assert_eq!(Tiling::Auto.tiles((1024, 2304)), None);
         assert_eq!(Tiling::Auto.tiles((1536, 1544)), Some(Tiles::default()));
         assert_eq!(Tiling::Off.tiles((8192, 8192)), None);
+    }
+
+    /// With memory for so many latents a side: in which tiles, and after which others.
+    #[test]
+    fn tiles_where_memory_lacks() {
+        let lacks = || Error::Memory { what: "a tile".into(), needed: 2, free: 1, advice: String::new() };
+        let run = |tiling: Tiling, size: i64, enough: i64| {
+            let tried = std::cell::RefCell::new(vec![]);
+            let outcome = tiling.through((size, size), |tiles| {
+                let side = tiles.map_or(size / 8, |tiles| tiles.size);
+                tried.borrow_mut().push(side);
+                if side <= enough {
+                    Ok(side)
+                } else {
+                    Err(lacks())
+                }
+            });
+            (outcome.ok(), tried.into_inner())
+        };
+        assert_eq!(run(Tiling::Auto, 1024, 200), (Some(128), vec![128]), "of 128 latents as a whole");
+        assert_eq!(run(Tiling::Auto, 1536, 150), (Some(128), vec![192, 128]));
+        assert_eq!(run(Tiling::Auto, 1536, 70), (Some(64), vec![192, 128, 64]));
+        assert_eq!(run(Tiling::Auto, 1536, 10), (None, vec![192, 128, 64]));
+        assert_eq!(run(Tiling::Auto, 4096, 70), (Some(64), vec![128, 64]), "in tiles from the start");
+        // Who said what to do is not overruled.
+        assert_eq!(run(Tiling::Off, 1536, 70), (None, vec![192]));
+        assert_eq!(run(Tiling::Always(Tiles { size: 100, overlap: 0 }), 1536, 70), (None, vec![100]));
+        // Nor is anything else tried again.
+        let times = std::cell::Cell::new(0);
+        let outcome = Tiling::Auto.through((1536, 1536), |_| -> Result<()> {
+            times.set(times.get() + 1);
+            Err(Error::argument("latents", "are none"))
+        });
+        assert!(matches!(outcome, Err(Error::Argument { argument: "latents", .. })) && times.get() == 1);
     }
 }
