@@ -195,7 +195,7 @@ impl StableDiffusion {
         self.tiling
     }
 
-    /// Chooses when pictures are cut into tiles: by default only beyond 1536 x 1536 pixels.
+    /// Chooses when pictures are cut into tiles: by default beyond 1536 x 1536 pixels, and where memory does not suffice for the whole.
     ///
     /// # Errors
     /// Tiles of a size below 1 or an overlap that is not from 0 to below the size; the setting is then as it was.
