@@ -45,7 +45,7 @@ fn models(own: &[&str]) -> Vec<String> {
 }
 
 /// Loss and gradient of one step of a transfer, with latents from the CPU.
-fn gradient(name: &str, device: Device, kind: Kind) -> (Tensor, Tensor) {
+fn gradient(name: &str, device: Device, kind: Kind, smoothing: f64) -> (Tensor, Tensor) {
     let (content, style) = pictures(64);
     // Closed at once: two of SDXL's size are more than many a machine holds.
     let cpu = StableDiffusion::open(folder(name), Device::Cpu, Kind::Float).unwrap();
@@ -53,7 +53,8 @@ fn gradient(name: &str, device: Device, kind: Kind) -> (Tensor, Tensor) {
     drop(cpu);
     let model = StableDiffusion::open(folder(name), device, kind).unwrap();
     let extractor = model.extractor((64, 64)).unwrap();
-    let references = extractor.references(&References::style(style.shallow_clone()).with_content(content.shallow_clone()), 501.0).unwrap();
+    let references = References::style(style.shallow_clone()).with_content(content.shallow_clone()).with_smoothing(smoothing);
+    let references = extractor.references(&references, 501.0).unwrap();
     let loss = TotalLoss::default().plus(1.0, AdLoss::default()).plus(0.25, ContentLoss);
     // Between the two, so that neither loss is at its kink.
     let latents = content.lerp(&style, 0.3);
@@ -65,13 +66,13 @@ fn gradient(name: &str, device: Device, kind: Kind) -> (Tensor, Tensor) {
 #[test]
 fn gradients_agree_with_the_cpu() {
     let Some(device) = gpu("gradients_agree_with_the_cpu") else { return };
-    for name in models(&["tests/fixtures/sd15", "assets/mini"]) {
-        let (loss, wanted) = gradient(&name, Device::Cpu, Kind::Float);
+    for (name, smoothing) in models(&["tests/fixtures/sd15", "assets/mini"]).iter().flat_map(|name| [(name, 0.0), (name, 0.4)]) {
+        let (loss, wanted) = gradient(name, Device::Cpu, Kind::Float, smoothing);
         for (kind, of_loss, of_gradient) in [(Kind::Float, 1e-3, 2e-2), (Kind::Half, 1e-2, 0.1), (Kind::BFloat16, 3e-2, 0.4)] {
-            let (ours, found) = gradient(&name, device, kind);
+            let (ours, found) = gradient(name, device, kind, smoothing);
             let (loss, gradient) = (relative(&ours, &loss), relative(&found, &wanted));
-            println!("{name} {kind:?}: loss {loss:.1e}, gradient {gradient:.1e}");
-            assert!(loss < of_loss && gradient < of_gradient, "{name} {kind:?}: loss {loss}, gradient {gradient}");
+            println!("{name} {kind:?}, smoothing {smoothing}: loss {loss:.1e}, gradient {gradient:.1e}");
+            assert!(loss < of_loss && gradient < of_gradient, "{name} {kind:?}, smoothing {smoothing}: loss {loss}, gradient {gradient}");
         }
     }
 }
@@ -190,9 +191,9 @@ fn half_precisions_agree_with_f32_on_the_cpu() {
     // The first backward pass of a process decides which devices there are; the other tests' is one of them.
     let _ = device::best();
     for name in models(&["tests/fixtures/sd15"]) {
-        let (loss, wanted) = gradient(&name, Device::Cpu, Kind::Float);
+        let (loss, wanted) = gradient(&name, Device::Cpu, Kind::Float, 0.0);
         for (kind, of_loss, of_gradient) in [(Kind::Half, 1e-2, 0.1), (Kind::BFloat16, 3e-2, 0.4)] {
-            let (ours, found) = gradient(&name, Device::Cpu, kind);
+            let (ours, found) = gradient(&name, Device::Cpu, kind, 0.0);
             let (loss, gradient) = (relative(&ours, &loss), relative(&found, &wanted));
             println!("{name}, CPU {kind:?}: loss {loss:.1e}, gradient {gradient:.1e}");
             assert!(loss < of_loss && gradient < of_gradient, "{name} {kind:?}: loss {loss}, gradient {gradient}");

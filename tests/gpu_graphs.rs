@@ -47,18 +47,20 @@ fn levels(a: &Tensor, b: &Tensor) -> f64 {
 #[test]
 fn a_run_by_graphs_ends_in_the_same_picture() {
     let Some((_alone, device)) = gpu("a_run_by_graphs_ends_in_the_same_picture") else { return };
-    for (kind, checkpointing, adain) in [
-        (Kind::Float, false, false),
-        (Kind::Float, true, false),
-        (Kind::BFloat16, false, false),
-        (Kind::Half, false, false),
-        (Kind::Float, false, true),
+    for (kind, checkpointing, adain, smoothing) in [
+        (Kind::Float, false, false, 0.0),
+        (Kind::Float, true, false, 0.0),
+        (Kind::BFloat16, false, false, 0.0),
+        (Kind::Half, false, false, 0.0),
+        (Kind::Float, false, true, 0.0),
+        (Kind::Float, false, true, 0.4),
+        (Kind::BFloat16, false, true, 0.4),
     ] {
         let mut model = model(device, kind);
         model.set_gradient_checkpointing(checkpointing);
         let run = || {
             let mut run = transfer(&model, 8);
-            (run.iterations, run.adain) = (2, adain);
+            (run.iterations, run.adain, run.references.smoothing) = (2, adain, smoothing);
             run
         };
         let eager = |noise: f64| {
@@ -78,7 +80,7 @@ fn a_run_by_graphs_ends_in_the_same_picture() {
         let ((wanted, theirs), (_, other)) = (eager(0.0), eager(1e-6));
         let (found, rounding) = (levels(&ours, &theirs), levels(&other, &theirs));
         println!(
-            "{kind:?}, checkpointing {checkpointing}, AdaIN {adain}: first loss {first} and {wanted}; {found} grey levels, roundings {rounding}"
+            "{kind:?}, checkpointing {checkpointing}, AdaIN {adain}, smoothing {smoothing}: first loss {first} and {wanted}; {found} grey levels, roundings {rounding}"
         );
         assert!((first - wanted).abs() < if kind == Kind::Float { 1e-2 } else { 5e-2 } * wanted, "{kind:?}: {first} {wanted}");
         assert!(rounding < 4.0, "{kind:?}: roundings of {rounding} grey levels, among which no fault would be seen");
@@ -100,6 +102,8 @@ enum Task {
     Prompts,
     /// Towards a style of the same labels.
     Regions,
+    /// Towards a style and a content, by which the queries are smoothed.
+    Smoothed,
 }
 
 fn sampling(model: &StableDiffusion, steps: usize, task: Task) -> GuidedSampler<&StableDiffusion> {
@@ -122,6 +126,7 @@ fn sampling(model: &StableDiffusion, steps: usize, task: Task) -> GuidedSampler<
             let styles = [style(), Style::new(latents("style_cafe_terrace.png")).with_weight(0.5)];
             References::styles(styles).with_content(latents("content_astronaut.png"))
         }
+        Task::Smoothed => References::styles([style()]).with_content(latents("content_astronaut.png")).with_smoothing(0.4),
         Task::Regions => {
             let labels = |values: [i64; 2]| LabelMap::new(&Tensor::from_slice(&values).view([1, 1, 1, 2])).unwrap();
             References::styles([style().with_labels(labels([0, 1]))]).with_labels(labels([1, 0]))
@@ -129,7 +134,7 @@ fn sampling(model: &StableDiffusion, steps: usize, task: Task) -> GuidedSampler<
     };
     let mut run = GuidedSampler::new(model.extractor((64, 64)).unwrap(), model.ddim(steps).unwrap(), guidance, references, start, noise);
     (run.iterations, run.adain, run.optimizer.config.learning_rate) = (2, true, 0.015);
-    if matches!(task, Task::Guided | Task::Prompts) {
+    if matches!(task, Task::Guided | Task::Prompts | Task::Smoothed) {
         run.loss = run.loss.plus(0.2, ContentLoss);
     }
     if task == Task::Windows {
@@ -143,8 +148,8 @@ fn sampling(model: &StableDiffusion, steps: usize, task: Task) -> GuidedSampler<
 #[test]
 fn guided_sampling_by_graphs_ends_in_the_same_picture() {
     let Some((_alone, device)) = gpu("guided_sampling_by_graphs_ends_in_the_same_picture") else { return };
-    let in_f32 = [Task::Plain, Task::Windows, Task::Guided, Task::Prompts, Task::Regions].map(|task| (Kind::Float, task));
-    for (kind, task) in in_f32.into_iter().chain([(Kind::BFloat16, Task::Guided), (Kind::Half, Task::Windows)]) {
+    let in_f32 = [Task::Plain, Task::Windows, Task::Guided, Task::Prompts, Task::Regions, Task::Smoothed].map(|task| (Kind::Float, task));
+    for (kind, task) in in_f32.into_iter().chain([(Kind::BFloat16, Task::Guided), (Kind::BFloat16, Task::Smoothed), (Kind::Half, Task::Windows)]) {
         let model = match task {
             Task::Prompts => StableDiffusion::open(folder("tests/fixtures/sd15"), device, kind).unwrap(),
             _ => model(device, kind),
