@@ -136,12 +136,11 @@ if not args.unbalanced:
 run.go(crops_of, loss_of, validate)
 
 
-def save(_):
+def save(folder):
     if not args.unbalanced:
         balance(unet)  # an average over steps before they were balanced is not
-    unet.save_pretrained(args.work / args.name)
-    scheduler(args.prediction).save_pretrained(args.work / args.name / "scheduler")
+    unet.save_pretrained(folder)
+    scheduler(args.prediction).save_pretrained(folder / "scheduler")
 
 
-run.averaged(save)
-run.finish(args.work / args.name)
+run.finish(args.work / args.name, save)

@@ -153,5 +153,4 @@ def validate(run):
 optimizer = Muon(vae, args.lr, decay=1e-3, outer=("decoder.conv_in", "decoder.conv_out", "encoder"))
 run = Run(args.work / f"{args.name}_run", vae, optimizer, args, start, average=0.995, every=500)
 run.go(crops_of, loss_of, validate)
-run.averaged(lambda _: vae.save_pretrained(args.work / args.name))
-run.finish(args.work / args.name)
+run.finish(args.work / args.name, vae.save_pretrained)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -41,6 +42,18 @@ def checksum(path):
     """Of a file, or of the weights in a folder."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def swapped_in(folder, write):
+    """Has `write` fill a neighbour of `folder` that takes its place only when complete."""
+    part, former = (folder.with_name(folder.name + end) for end in (".part", ".former.part"))
+    for old in (part, former):
+        shutil.rmtree(old, ignore_errors=True)
+    write(part)
+    if folder.exists():
+        folder.rename(former)
+    part.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def settings(args, encoder):
@@ -170,12 +183,16 @@ class Run:
                 self.say("held out: " + ", ".join(f"{k} {v}" for k, v in numbers.items()), **numbers)
         self.save()
 
-    def finish(self, weights):
-        """Says how it ended. One that was stopped exits with 3, so that no script goes on with weights that are half trained."""
+    def finish(self, weights, write):
+        """Has `write(folder)` write the averaged weights and says how it ended. Those of a run that was stopped go beside `weights`, where a shorter
+        run may have left finished ones, and it exits with 3, so that no script goes on with weights that are half trained."""
         if self.step == self.steps:
+            swapped_in(weights, lambda folder: self.averaged(lambda _: write(folder)))
             print("done")
             return
-        print(f"stopped at step {self.step} of {self.steps}, whose weights are in {weights}; to go on:\n    {shlex.join(['python3', *sys.argv])}", file=sys.stderr)
+        stopped = weights.with_name(f"{weights.name}_stopped")
+        swapped_in(stopped, lambda folder: self.averaged(lambda _: write(folder)))
+        print(f"stopped at step {self.step} of {self.steps}, whose weights are in {stopped}; to go on:\n    {shlex.join(['python3', *sys.argv])}", file=sys.stderr)
         sys.exit(3)
 
     def averaged(self, what):
