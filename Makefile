@@ -34,6 +34,7 @@ test: libtorch ## the whole test suite
 	$(CARGO) test --features cuda-graphs --lib --test 'core_graphs*' --test gpu_graphs
 	$(PYTHON) tools/bundled_model/test_licences.py
 	$(PYTHON) tools/bundled_model/test_folder.py
+	$(PYTHON) tools/bundled_model/test_pictures.py
 
 lint: libtorch ## format and clippy, every feature set
 	$(CARGO) fmt --check

@@ -424,7 +424,7 @@ def hold_out(files):
         if sha in known:
             continue
         known.add(sha)
-        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")  # as open_picture turns those that are compared with it
         dhash = np.packbits(difference_hash(picture)).tobytes().hex()
         shots = ",\n".join(f'  "{v.tobytes().hex()}"' for v in views(picture))
         text += f'\n[[picture]]\nname = "{Path(file).stem}"\nsha256 = "{sha}"\ndhash = "{dhash}"\nviews = [\n{shots},\n]\n'

@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from collect import HERE, WORK
 from packages import Failure, rcc_members, run
@@ -76,7 +76,7 @@ def read(folder, path):
 
 
 def square(data, crop):
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     if crop is None:
         side = min(picture.size)
         crop = [(picture.width - side) // 2, (picture.height - side) // 2, side]
