@@ -112,6 +112,8 @@ class Run:
             begun = state["cooldown_from"]
             if begun != first_of_cooldown and (begun is not None or state["step"] > first_of_cooldown):
                 continue
+            if state["step"] > self.steps:
+                raise SystemExit(f"the run in {self.folder} is at step {state['step']}: --steps {state['step']} or more, or another --name for a shorter run")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step, self.seconds, self.loss = state["ema"], state["step"], state["seconds"], state["loss"]
