@@ -561,12 +561,15 @@ def of_folder(folder):
 def forget_parts(sources):
     """Drops what is left of a folder that had more pictures once, and says what was left out of the parts that there are."""
     wanted = {source.id for source in sources}
+    part = re.compile(r"(own(-\d+)?)\.(npz|key|csv|png)(\.part)?")  # and nothing that somebody else may have put there
     for kind in ("candidates", "rejected", "sheets"):
         for file in (WORK / kind).glob("own*"):
-            if file.stem not in wanted:
+            if (name := part.fullmatch(file.name)) and name[1] not in wanted and file.is_file():
                 file.unlink()
     rejected = []
-    for file in sorted((WORK / "rejected").glob("own*.csv")):
+    for file in (WORK / "rejected" / f"{source.id}.csv" for source in sources):
+        if not file.exists():
+            continue
         with file.open(newline="") as f:
             rejected += csv.reader(f)
     left_out(rejected)
@@ -592,7 +595,7 @@ def main():
     if args.hold_out:
         hold_out(args.hold_out)
         return 0
-    if args.folder and (WORK == HERE / "work" or WORK.is_relative_to(args.folder.resolve())):
+    if args.folder and (WORK == (HERE / "work").resolve() or WORK.is_relative_to(args.folder.resolve())):
         parser.error("--work: for --folder another than the default one, and not within that folder")
     sources = of_folder(args.folder.resolve()) if args.folder else read_sources()
     unknown = set(args.names) - {s.id for s in sources}
