@@ -16,13 +16,25 @@ def survey(folder):
     read, others = [], collections.Counter()
     for root, folders, files in os.walk(folder):
         for file in (Path(root, name) for name in folders + files):
-            if file.is_symlink():
+            if not utf8(file.name):
+                others[f"whose name is not UTF-8: {str(file.relative_to(folder))!r}"] += 1
+            elif file.is_symlink():
                 others["links"] += 1
             elif file.name.lower().endswith((*PICTURES, ".rcc", *ZIPS)) and file.is_file():
                 read.append(file.relative_to(folder).as_posix())
             elif file.is_file():
                 others[file.suffix.lower() or "without an ending"] += 1
+        folders[:] = filter(utf8, folders)
     return sorted(read), others
+
+
+def utf8(name):
+    """Whether a name can be written to the manifest."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parts(folder, files):

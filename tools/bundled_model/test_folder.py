@@ -33,6 +33,18 @@ class Folder(unittest.TestCase):
         self.assertEqual(others, {".heic": 2, "without an ending": 1, "links": 1})
         self.assertEqual([path for path, _ in picture_files(self.folder, read)], ["a/c.png", "b.JPG"])
 
+    def test_names_that_are_not_utf8_are_not_read_and_said(self):
+        self.write("a.jpg", "b/c.jpg")
+        try:
+            (self.folder / os.fsdecode(b"d\xff.jpg")).write_text("d")
+            (self.folder / "b").rename(self.folder / os.fsdecode(b"b\xff"))
+        except OSError:
+            self.skipTest("this file system refuses such names")
+        read, others = survey(self.folder)
+        self.assertEqual(read, ["a.jpg"])
+        self.assertEqual(others, {f"whose name is not UTF-8: '{name}'": 1 for name in (r"d\udcff.jpg", r"b\udcff")})
+        "".join(others).encode()
+
     def test_each_file_is_in_one_part(self):
         self.write(*(f"{i:03}.jpg" for i in range(2 * PART + 1)))
         found = [files for files, _ in self.parts()]
