@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from folder import parts, survey
+from folder import ARCHIVES, parts, survey
 from licences import Licences, permissive, spelled
 from packages import PICTURES, Failure, download, picture_files, unpack
 
@@ -550,6 +550,8 @@ def of_folder(folder):
     files, others = survey(folder)
     if others:
         print("not read as pictures: " + ", ".join(f"{n} {end}" for end, n in others.most_common()))
+        if any(end in ARCHIVES for end in others):
+            print("archives are not opened: unpack them first if there are pictures in them")
     if not files:
         raise Failure(f"no pictures in {folder}: files are read that end in {', '.join(PICTURES)}")
     return [

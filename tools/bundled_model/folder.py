@@ -9,10 +9,11 @@ from pathlib import Path
 from packages import PICTURES, ZIPS
 
 PART = 100
+ARCHIVES = (*ZIPS, ".rcc", ".7z", ".rar", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")
 
 
 def survey(folder):
-    """The files that are read, pictures and archives of such, sorted by path; and how many others there are, by the end of their names."""
+    """The pictures, sorted by path; and how many other files there are, by the end of their names. Archives are not opened."""
     read, others = [], collections.Counter()
     for root, folders, files in os.walk(folder):
         for file in (Path(root, name) for name in folders + files):
@@ -20,7 +21,7 @@ def survey(folder):
                 others[f"whose name is not UTF-8: {str(file.relative_to(folder))!r}"] += 1
             elif file.is_symlink():
                 others["links"] += 1
-            elif file.name.lower().endswith((*PICTURES, ".rcc", *ZIPS)) and file.is_file():
+            elif file.name.lower().endswith(PICTURES) and file.is_file():
                 read.append(file.relative_to(folder).as_posix())
             elif file.is_file():
                 others[file.suffix.lower() or "without an ending"] += 1
