@@ -11,6 +11,8 @@ Unless `--drift 0` is given, three fifths also get smooth fields in those direct
 leave such, and a decoder that takes them at their word draws one and the same block over and over, a grid of 4 pixels.
 """
 
+import json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from diffusers import AutoencoderKL
 import autoencoder
 from data import HERE, Tiles
 from optim import Muon
-from training import Run, flags, trained
+from training import Run, checksum, flags, swapped_in, trained
 
 parser = flags(__doc__, steps=6000, cooldown=2400, lr=1.5e-3, work=HERE / "work")
 parser.add_argument("--init", action="store_true", help="only write the linear start")
@@ -36,12 +38,27 @@ torch.set_num_threads(args.threads)
 
 tiles = Tiles(args.work)
 start = args.start or args.work / "vae_init"
-if args.init or (not args.start and not start.exists()):
+made_of = {"pictures": checksum(args.work / "manifest.csv"), "--seed": args.seed}
+
+
+def write_start(folder):
     vae = autoencoder.build(tiles.crops(600, 128, np.random.default_rng(args.seed)), args.seed)
-    vae.save_pretrained(start)
+    vae.save_pretrained(folder)
+    (folder / "made_of.json").write_text(json.dumps(made_of, indent=1) + "\n")
     print(f"linear start: {autoencoder.psnr(vae.eval(), tiles.held_out(256)):.2f} dB on held-out pictures")
-    if args.init:
-        raise SystemExit
+
+
+if args.init and start.exists():
+    # Not written anew: its last bits hang on the machine, and runs that began with it go on with it alone. Earlier ones do not say what of.
+    record = start / "made_of.json"
+    before = json.loads(record.read_text()) if record.exists() else made_of
+    if other := ", ".join(name for name in made_of if before.get(name) != made_of[name]):
+        raise SystemExit(f"{start} was made with other {other}: move it away, and the runs that began with it, or take another --work")
+    print(f"{start} is there already and stays as it is")
+elif not args.start and not start.exists():
+    swapped_in(start, write_start)
+if args.init:
+    raise SystemExit
 vae = AutoencoderKL.from_pretrained(start, torch_dtype=torch.float32).to(args.device).train()
 for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv):
     part.requires_grad_(False)
