@@ -218,8 +218,9 @@ def held_out():
     return found
 
 
-def own(folder, least=1):
-    """The pictures of a folder."""
+def own(folder, role):
+    """The pictures of a folder, looked at before anything is made of them."""
+    least = 512 if role == "texture" else 1
     found = sorted(file for file in folder.glob("*") if file.name.lower().endswith(PICTURES))
     if not found:
         raise SystemExit(f"no pictures in {folder}: files are read that end in {', '.join(PICTURES)}")
@@ -228,12 +229,31 @@ def own(folder, least=1):
         if stems.count(file.stem) > 1:
             raise SystemExit(f"{folder} has two pictures called {file.stem}")
         try:
-            side = min(Image.open(file).size)
-        except OSError as e:
-            raise SystemExit(f"{file}: {e}") from None
+            with Image.open(file) as picture:
+                picture.load()
+                mode, side = picture.mode, min(picture.size)
+        except Exception as e:  # Pillow raises all kinds for broken files
+            raise SystemExit(f"{file}: {e or type(e).__name__}") from None
+        if mode.startswith(("I", "F")):
+            raise SystemExit(f"{file} has more than 8 bits a channel: save it with 8")
         if side < least:
             raise SystemExit(f"{file} has {side} pixels on its shorter side, {least} are the least")
+        if role == "texture":
+            try:
+                first, other = two_crops(square(file, 512), 256)
+            except statistics.StatisticsError:
+                raise SystemExit(f"{file} is of one colour, in a quarter at least, which is no texture") from None
+            if first.tobytes() == other.tobytes():
+                raise SystemExit(f"{file} repeats, so another part of it says nothing: take a picture of more than one period")
     return found
+
+
+def apart(contents, styles):
+    """Refuses what is both: nothing would be between them to measure by."""
+    seen = {square(file, 256).tobytes(): file for file in contents}
+    for file in styles:
+        if same := seen.get(square(file, 256).tobytes()):
+            raise SystemExit(f"{same} and {file} are the same picture: leave one out")
 
 
 def checksum(files):
@@ -265,7 +285,8 @@ def judge():
     evaluation = args.work / "evaluation"
     folder = evaluation / args.name
     if OWN:
-        pictures = {role: own(place, 512 if role == "texture" else 1) if place else [] for role, place in OWN.items()}
+        pictures = {role: own(place, role) if place else [] for role, place in OWN.items()}
+        apart(pictures["content"], pictures["style"])
         inputs, every = folder / "inputs", len(pictures["content"]) * len(pictures["style"])
     else:
         pictures, inputs, every = held_out(), evaluation / "inputs", 144

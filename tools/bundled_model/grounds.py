@@ -68,12 +68,12 @@ def main():
     args = parser.parse_args()
     evaluation = args.work / "evaluation"
     for name in args.names:
-        results = sorted((evaluation / name).glob("*_256__*_256.png"))
+        results = sorted((evaluation / name).glob("*_256__style_*_256.png"))
         if not results:
             raise SystemExit(f"no transfers at 256 px in {evaluation / name}: run evaluate.py first")
         inputs = evaluation / name / "inputs"  # of one's own pictures
         inputs = inputs if inputs.exists() else evaluation / "inputs"
-        found = [within_grounds(inputs / f"{result.stem.split('__')[0]}.png", result) for result in results]
+        found = [within_grounds(inputs / f"{result.stem.split('_256__style_')[0]}_256.png", result) for result in results]
         print(f"{name}: {len(found)} pairs, mean {statistics.mean(found):.3f}, median {statistics.median(found):.3f}, worst {max(found):.3f}")
 
 
