@@ -268,6 +268,8 @@ def collect(source):
                 seen.add(sha)
                 picture, size, reason = open_picture(data, source)
             except Exception as e:  # Pillow raises all kinds for broken files
+                if own and isinstance(e, OSError) and e.errno:  # the disk's and not Pillow's: it could be read a moment ago
+                    raise Failure(f"{path}: {e.strerror}; the same command again looks at it anew") from None
                 rejected.append((path, f"unreadable: {type(e).__name__}"))
                 continue
             if picture is not None:
@@ -541,7 +543,7 @@ def report(manifest, excluded, summary):
         if reason.startswith("held out"):
             print(f"{name}: {reason}")
     duplicates = sum(not reason.startswith("held out") for _, reason in excluded)
-    print(f"{duplicates} near-duplicates dropped (work/excluded.csv)")
+    print(f"{duplicates} near-duplicates dropped ({WORK / 'excluded.csv'})")
     print(f"\n{sum(r['tiles'] for r in manifest)} tiles of {len(manifest)} pictures")
 
 
@@ -554,9 +556,14 @@ def of_folder(folder):
             print("archives are not opened: unpack them first if there are pictures in them")
     if not files:
         raise Failure(f"no pictures in {folder}: files are read that end in {', '.join(PICTURES)}")
+    found = list(parts(folder, files))
+    if not found:
+        raise Failure(f"none of the {len(files)} pictures in {folder} can be read")
+    if unread := sorted(set(files).difference(*(part for part, _ in found))):
+        print(f"{len(unread)} cannot be read, and are looked at again by the same command: {', '.join(unread[:3])}{', ...' if unread[3:] else ''}")
     return [
         Source(kind="folder", name="own", version=state, licence="own", group="photograph", id=f"own-{n:03}", any_name=True, folder=str(folder), files=part)
-        for n, (part, state) in enumerate(parts(folder, files), 1)
+        for n, (part, state) in enumerate(found, 1)
     ]
 
 

@@ -307,22 +307,30 @@ def judge():
     print(json.dumps(result, indent=1), flush=True)
 
 
+def judged_on(result):
+    """The set, or of which pictures of one's own: rows compare where these are the same."""
+    if result.get("set") != "own":
+        return result.get("set", "")
+    record = args.work / "evaluation" / result["name"] / "judged.json"
+    return f"own {json.loads(record.read_text())['pictures'][:6]}" if record.exists() else "own"
+
+
 def table():
     results = [json.loads(path.read_text()) for path in sorted((args.work / "evaluation").glob("*/result.json"))]
     sizes = sorted({name for r in results for name in r if name.startswith("transfers_")}, key=lambda n: int(n.split("_")[1]))
-    head = ["model", "PSNR, dB", "v error", "by quarter of t"]
+    head = ["model", "judged on", "PSNR, dB", "v error", "by quarter of t"]
     head += [f"{what}, {name.split('_')[1]} px" for name in sizes for what in ("patches", "colours", "structure")]
     head += ["textures: mean", "median", "within 1.5"]
     print("| " + " | ".join(head) + " |")
     print("|---" + "|--:" * (len(head) - 1) + "|")
     for r in results:
-        cells = [r["name"], r.get("psnr", ""), r.get("v", ""), " ".join(map(str, r.get("v_quarters", [])))]
+        cells = [r["name"], judged_on(r), r.get("psnr", ""), r.get("v", ""), " ".join(map(str, r.get("v_quarters", [])))]
         cells += [r.get(name, {}).get(what, "") for name in sizes for what in ("patches", "colours", "structure")]
         textures = r["textures"]
         # Results without a median are of an earlier way to judge.
         judged = textures.get("median") is not None
         cells += [textures["ratio"], textures["median"], f"{textures['within']} of {textures['count']}"] if judged else [""] * 3
-        print("| " + " | ".join(map(str, cells)) + " |")
+        print("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
 
 
 table() if args.table else judge()

@@ -15,7 +15,11 @@ ARCHIVES = (*ZIPS, ".rcc", ".7z", ".rar", ".tar", ".tgz", ".gz", ".bz2", ".xz", 
 def survey(folder):
     """The pictures, sorted by path; and how many other files there are, by the end of their names. Archives are not opened."""
     read, others = [], collections.Counter()
-    for root, folders, files in os.walk(folder):
+
+    def unread(error):
+        others[f"folder that cannot be read: {os.path.relpath(error.filename, folder)!r}"] += 1
+
+    for root, folders, files in os.walk(folder, onerror=unread):
         for file in (Path(root, name) for name in folders + files):
             if not utf8(file.name):
                 others[f"whose name is not UTF-8: {str(file.relative_to(folder))!r}"] += 1
@@ -39,11 +43,13 @@ def utf8(name):
 
 
 def parts(folder, files):
-    """The files, part by part, each part with a checksum of its names and contents: pictures that are only touched or copied anew change nothing."""
+    """The files that can be read, part by part, each part with a checksum of its names and contents: pictures that are only touched or copied anew
+    change nothing, and one that could not be read has its part done again once it can."""
     for start in range(0, len(files), PART):
         part = files[start : start + PART]
-        named = json.dumps([(file, checksum(folder / file)) for file in part])
-        yield part, hashlib.sha256(named.encode()).hexdigest()[:12]
+        named = [(file, checksum(folder / file)) for file in part]
+        if readable := [file for file, found in named if found is not None]:
+            yield readable, hashlib.sha256(json.dumps(named).encode()).hexdigest()[:12]
 
 
 def checksum(file):
@@ -53,5 +59,5 @@ def checksum(file):
             while some := f.read(1 << 20):
                 found.update(some)
     except OSError:
-        return "unreadable"  # it is left out, and looked at again once it can be read
+        return None
     return found.hexdigest()

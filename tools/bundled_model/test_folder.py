@@ -5,6 +5,7 @@ import os
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from folder import PART, parts, survey
 from packages import picture_files
@@ -44,6 +45,22 @@ class Folder(unittest.TestCase):
         self.assertEqual(read, ["a.jpg"])
         self.assertEqual(others, {f"whose name is not UTF-8: '{name}'": 1 for name in (r"d\udcff.jpg", r"b\udcff")})
         "".join(others).encode()
+
+    def test_what_cannot_be_read_is_left_and_said(self):
+        self.write("a.jpg", "b/c.jpg", "d.jpg")
+        before = self.parts()
+        refusing = lambda call, name: lambda path, *more: self.refuse(path) if Path(path).name == name else call(path, *more)  # a superuser may read all
+        with mock.patch("os.scandir", refusing(os.scandir, "b")):
+            read, others = survey(self.folder)
+        self.assertEqual((read, others), (["a.jpg", "d.jpg"], {"folder that cannot be read: 'b'": 1}))
+        with mock.patch.object(Path, "open", refusing(Path.open, "a.jpg")):
+            ((files, state),) = self.parts()
+        self.assertEqual(files, ["b/c.jpg", "d.jpg"])
+        self.assertNotEqual(state, before[0][1])
+        self.assertEqual(self.parts(), before)
+
+    def refuse(self, path):
+        raise PermissionError(13, "refused", str(path))
 
     def test_each_file_is_in_one_part(self):
         self.write(*(f"{i:03}.jpg" for i in range(2 * PART + 1)))
