@@ -5,7 +5,7 @@
 mod common;
 
 use attention_distillation::tch::Tensor;
-use attention_distillation::{image, Distiller, Error, GuidedSampler, Noise, Result, Settings, StableDiffusion, Task};
+use attention_distillation::{image, Distiller, GuidedSampler, Noise, Result, Settings, StableDiffusion, Task};
 use clap::{Parser, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -21,9 +21,8 @@ struct Flags {
     /// Optimise the content's latents, or sample from noise towards style and content
     #[arg(long, value_enum, default_value_t = Method::Optimise)]
     method: Method,
-    /// Whose colours the picture gets
-    #[arg(long, value_enum, default_value_t = Colours::Style)]
-    colours: Colours,
+    #[command(flatten)]
+    colours: common::ColourFlags,
     #[command(flatten)]
     draft: common::DraftFlags,
     #[command(flatten)]
@@ -36,16 +35,6 @@ struct Flags {
 enum Method {
     Optimise,
     Sample,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
-enum Colours {
-    /// The styles'
-    Style,
-    /// The content's: the styles are given its mean and covariance of colours first
-    Content,
-    /// The content's in their very places: the result keeps its luminance alone (previews and drafts are not yet so)
-    InPlace,
 }
 
 fn main() -> ExitCode {
@@ -66,10 +55,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
     let content = flags.content.as_ref().map(image::load).transpose()?;
     let styles = flags.style.iter().map(image::load).collect::<Result<Vec<_>>>()?;
     shared.warn_without_content(content.is_some(), "give --content");
-    if flags.colours != Colours::Style && content.is_none() {
-        let reason = "of the content need one; give --content".into();
-        return Err(Error::Argument { argument: "colours", reason });
-    }
+    flags.colours.check(content.is_some())?;
 
     let model = common::open_without_text(shared)?;
     let settings = shared.over(model.settings(task))?;
@@ -86,10 +72,7 @@ fn run(flags: &Flags) -> Result<Vec<PathBuf>> {
         (Method::Optimise, None) => flags.graphs.follow(transfer.optimisation(&inputs)?, &model, shared, &files)?.0,
         (Method::Optimise, Some((small, strength))) => transfer.coarse_to_fine(&inputs, &small, strength)?,
     };
-    let result = match &inputs.content {
-        Some(content) if flags.colours == Colours::InPlace => image::match_chroma(&result, content)?,
-        _ => result,
-    };
+    let result = flags.colours.of_result(result, inputs.content.as_ref())?;
     common::save(&result, &files)?;
     common::sheet(shared, &inputs.content.iter().chain(&inputs.styles).collect::<Vec<_>>(), &[result])?;
     Ok(files)
@@ -112,10 +95,7 @@ struct Transfer<'m> {
 impl<'m> Transfer<'m> {
     fn scaled(&self, content: Option<&Tensor>, styles: &[Tensor], size: (i64, i64)) -> Result<Inputs> {
         let content = content.map(|picture| image::resize(picture, size)).transpose()?;
-        let mut styles = common::scaled_to_area(self.model, styles, size)?;
-        if let (Some(content), Colours::Content) = (&content, self.flags.colours) {
-            styles = styles.iter().map(|style| image::match_colours(style, content)).collect::<Result<_>>()?;
-        }
+        let styles = self.flags.colours.of_styles(common::scaled_to_area(self.model, styles, size)?, content.as_ref())?;
         Ok(Inputs { content, styles, size })
     }
 
