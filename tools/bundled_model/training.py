@@ -47,6 +47,8 @@ def checksum(path):
 def swapped_in(folder, write):
     """Has `write` fill a neighbour of `folder` that takes its place only when complete."""
     part, former = (folder.with_name(folder.name + end) for end in (".part", ".former.part"))
+    if former.exists() and not folder.exists():  # a kill between the two renames below
+        former.rename(folder)
     for old in (part, former):
         shutil.rmtree(old, ignore_errors=True)
     write(part)
