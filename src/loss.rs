@@ -163,14 +163,24 @@ pub struct ContentLoss;
 
 impl Loss for ContentLoss {
     fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
-        let content = references.content.as_ref().ok_or_else(|| Error::argument("content", "the content loss needs one; none was given"))?;
-        same_layers("content", picture, content)?;
-        sum(picture.layers().zip(content.layers()).map(|(ours, theirs)| {
-            same_grid(ours, theirs)?;
-            serves("content", &theirs.query, ours.query.size4()?.0)?;
-            mean_absolute(&ours.query, &theirs.query.f_detach()?.f_expand_as(&ours.query)?)
-        }))
+        by_content("content", picture, references, |ours, theirs| mean_absolute(&ours.query, &theirs.query.f_detach()?.f_expand_as(&ours.query)?))
     }
+}
+
+/// The sum over the layers of what the picture's comes to beside the content's, which must fit it.
+fn by_content(
+    name: &str,
+    picture: &Features,
+    references: &References<Features>,
+    term: impl Fn(&LayerFeatures, &LayerFeatures) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let content = references.content.as_ref().ok_or_else(|| Error::argument("content", format!("the {name} loss needs one; none was given")))?;
+    same_layers("content", picture, content)?;
+    sum(picture.layers().zip(content.layers()).map(|(ours, theirs)| {
+        same_grid(ours, theirs)?;
+        serves("content", &theirs.query, ours.query.size4()?.0)?;
+        term(ours, theirs)
+    }))
 }
 
 /// A weighted sum of losses: the paper's `L_AD + beta L_content` is

@@ -1,6 +1,6 @@
 //! Other ways to hold a picture to its content's layout, which the authors tried beside the content loss of the paper.
 
-use super::{mean_absolute, same_grid, same_layers, serves, sum, Loss};
+use super::{by_content, mean_absolute, Loss};
 use crate::scalar::WithNumber;
 use crate::{Error, Features, LayerFeatures, References, Result};
 use tch::{Kind, Tensor};
@@ -14,7 +14,8 @@ pub struct AttentionMapLoss;
 
 impl Loss for AttentionMapLoss {
     fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
-        per_layer("attention map", picture, references, |ours, theirs| {
+        by_content("attention map", picture, references, |ours, theirs| {
+            same_tokens(ours, theirs)?;
             let wanted = tch::no_grad(|| map(theirs))?;
             let found = map(ours)?;
             mean_absolute(&found, &wanted.f_expand_as(&found)?)
@@ -30,7 +31,8 @@ pub struct ContentValueLoss;
 
 impl Loss for ContentValueLoss {
     fn evaluate(&self, picture: &Features, references: &References<Features>) -> Result<Tensor> {
-        per_layer("content value", picture, references, |ours, theirs| {
+        by_content("content value", picture, references, |ours, theirs| {
+            same_tokens(ours, theirs)?;
             let batch = ours.query.size4()?.0;
             let value = theirs.value.f_detach()?.f_expand([batch, -1, -1, -1], false)?;
             let found = super::scaled_dot_product(&ours.query, &ours.key, &value, None, ours.scale)?;
@@ -39,25 +41,14 @@ impl Loss for ContentValueLoss {
     }
 }
 
-fn per_layer(
-    name: &str,
-    picture: &Features,
-    references: &References<Features>,
-    term: impl Fn(&LayerFeatures, &LayerFeatures) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let content = references.content.as_ref().ok_or_else(|| Error::argument("content", format!("the {name} loss needs one; none was given")))?;
-    same_layers("content", picture, content)?;
-    sum(picture.layers().zip(content.layers()).map(|(ours, theirs)| {
-        same_grid(ours, theirs)?;
-        serves("content", &theirs.query, ours.query.size4()?.0)?;
-        // Of its own tokens, however a network attends.
-        for (ours, theirs) in [(&ours.key, &theirs.key), (&ours.value, &theirs.value)] {
-            if ours.size().get(1..) != theirs.size().get(1..) {
-                return Err(Error::shape("content", format!("keys and values as the picture's, {:?}", ours.size()), theirs.size()));
-            }
+/// Of the content's own tokens as many as of the picture's, however a network attends.
+fn same_tokens(picture: &LayerFeatures, content: &LayerFeatures) -> Result<()> {
+    for (ours, theirs) in [(&picture.key, &content.key), (&picture.value, &content.value)] {
+        if ours.size().get(1..) != theirs.size().get(1..) {
+            return Err(Error::shape("content", format!("keys and values as the picture's, {:?}", ours.size()), theirs.size()));
         }
-        term(ours, theirs)
-    }))
+    }
+    Ok(())
 }
 
 /// What each query attends to, in f32.
